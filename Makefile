@@ -1,0 +1,66 @@
+# Everything runs from a fresh clone that has only python3 (3.11 or newer) and pip.
+# To use another interpreter that already holds the packages:  make test-gpu PY=python3
+PYTHON ?= python3
+VENV := .venv
+PY ?= $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CLAIMS ?=
+
+# One thread per process: torch's own threads slow small operations down on busy cores.
+export OMP_NUM_THREADS ?= 1
+
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(STAMP)
+else
+READY :=
+endif
+
+.PHONY: install demo test lint types tiny bench claims test-gpu bench-gpu figures docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "python: expected 3.11 or newer, got $$($(PYTHON) -V); run make PYTHON=python3.12"; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $(STAMP)
+
+demo: install
+	$(VENV)/bin/enerverse demo
+
+test: lint types
+	$(PY) -m pytest -m "not slow and not gpu"
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m pyright --level error
+
+tiny: $(READY)
+	$(PY) -m enerverse.recipes.tiny
+
+bench: $(READY)
+	$(PY) -m benchmarks.speed
+
+claims: $(READY)
+	$(PY) -m benchmarks.claims $(CLAIMS)
+
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu
+
+bench-gpu: $(READY)
+	$(PY) -m benchmarks.speed --device cuda
+
+figures: $(READY)
+	$(PY) -m benchmarks.figures
+
+docs: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(PY) -m mkdocs build --strict
+
+clean:
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
