@@ -86,8 +86,8 @@ def test_integer_is_taken_as_float_and_stays_a_float() -> None:
     [
         (
             {"width": 1, "widht": 2},
-            "Model: unknown key 'widht': did you mean 'width'? "
-            "(available: bias, extra, free, memory, name, norm, other, rate, seed, size, tags, width, widths)",
+            "Model: unknown key 'widht': did you mean 'width'? (available: bias, extra, free, memory, "
+            "name, norm, other, rate, seed, size, tags, width, widths)",
         ),
         ({}, "Model: key 'width' is missing; add it, a value of type int"),
         ({"width": "wide"}, "Model.width: expected int, got 'wide' (str)"),
