@@ -1,0 +1,43 @@
+"""Errors of the data engine: each says what was expected, what came and what to do, in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class DatasetError(RuntimeError):
+    """A dataset on disk is missing, damaged or contradicts itself.
+
+    Attributes:
+        path: the file at fault, if one is known.
+        episode: episode index, if one is known.
+        frame: frame index within the episode, if one is known.
+    """
+
+    def __init__(
+        self, message: str, *, path: Path | None = None, episode: int | None = None, frame: int | None = None
+    ):
+        super().__init__(message)
+        self.path, self.episode, self.frame = path, episode, frame
+
+
+class DatasetWriteError(OSError):
+    """The file system refused a write (disk full, quota, file-size limit, permission).
+
+    Finished episodes stay readable; the unfinished one is dropped. ``errno`` is that of the cause.
+    """
+
+    def __init__(self, message: str, *, errno: int | None = None):
+        super().__init__(message)
+        self.errno = errno
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """``"did you mean 'front'?"`` or, with nothing close, the list of known names."""
+    names = [str(k) for k in known]
+    match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if match:
+        return f"did you mean {match[0]!r}?"
+    return "known: " + (", ".join(repr(n) for n in names) or "none")

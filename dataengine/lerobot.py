@@ -1,0 +1,268 @@
+"""The LeRobot v3.0 layout: file names, feature descriptions, Arrow columns and the small metadata files.
+
+Source: the published format of LeRobot datasets, codebase version v3.0 (info.json, tasks.parquet, episodes parquet).
+Extensions, all of which other readers may ignore: camera poses per frame, depth and segmentation, provenance per view and
+frame, success and seed per episode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataengine.errors import DatasetError, closest
+from dataengine.video import DepthCodec, VideoCodec
+
+VERSION = "v3.0"
+CHUNK_SIZE = 1000
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+INFO_PATH, STATS_PATH, TASKS_PATH, CAMERAS_PATH = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/cameras.json"
+
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+DEPTH, SEGMENTATION, CAMERA, PROVENANCE = "observation.depth.", "observation.segmentation.", "observation.camera.", "provenance."
+SUCCESS = "next.success"
+INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+PROVENANCE_LEGEND = ("observed", "rendered", "generated")
+"""Where an image comes from: a camera (real or simulated), a render of a reconstruction, a generative model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """What every frame of a dataset holds.
+
+    Attributes:
+        fps: frames per second.
+        views: camera names, at least one.
+        image_size: (height, width) in pixels, the same for all views.
+        state_dim, action_dim: lengths of the state and action vectors.
+        depth, segmentation: whether every view also has depth in metres and integer ids.
+        cameras: whether every frame also has the pose and intrinsics of every view.
+        extra: further float32 vectors, name -> length, such as ``{"action.clean": 7}``.
+        robot_type: free text for ``info.json``.
+        video, depth_codec: how images and depth are stored.
+
+    Raises:
+        ValueError: a size below 1, no or repeated views, a name that the layout cannot hold.
+    """
+
+    fps: float
+    views: tuple[str, ...]
+    image_size: tuple[int, int]
+    state_dim: int
+    action_dim: int
+    depth: bool = False
+    segmentation: bool = False
+    cameras: bool = False
+    extra: dict[str, int] = field(default_factory=dict)
+    robot_type: str = "unknown"
+    video: VideoCodec = VideoCodec()
+    depth_codec: DepthCodec = DepthCodec()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps < 1e4:
+            raise ValueError(f"fps: expected frames per second above 0, got {self.fps}")
+        if not self.views or len(set(self.views)) != len(self.views):
+            raise ValueError(f"views: expected at least one name and no name twice, got {list(self.views)}")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size: expected (height, width) of at least 1 pixel, got {self.image_size}")
+        for name, size in {"state_dim": self.state_dim, "action_dim": self.action_dim, **self.extra}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected a length of at least 1, got {size}")
+        self.video.check_size(*self.image_size)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name in (*self.views, *self.extra):
+            if not name or "/" in name:
+                raise ValueError(f"views, extra: expected names without '/', got {name!r}; LeRobot uses '/' in its columns")
+        fixed = self._fixed_features()
+        for name in self.extra:
+            if name in fixed:
+                raise ValueError(f"extra: expected a name that is not taken, got {name!r}; choose another")
+
+    @property
+    def video_keys(self) -> tuple[str, ...]:
+        """Features stored as video files: every view, then its depth."""
+        keys = [IMAGES + v for v in self.views]
+        return tuple(keys + [DEPTH + v for v in self.views]) if self.depth else tuple(keys)
+
+    def features(self) -> dict[str, dict[str, Any]]:
+        """The ``features`` object of ``info.json``."""
+        extra = {name: _vector(size) for name, size in self.extra.items()}
+        index = {name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1], "names": None}
+                 for name in INDEX_COLUMNS}  # fmt: skip
+        return {**self._fixed_features(), **extra, **index}
+
+    def _fixed_features(self) -> dict[str, dict[str, Any]]:
+        out: dict[str, dict[str, Any]] = {STATE: _vector(self.state_dim), ACTION: _vector(self.action_dim)}
+        for view in self.views:
+            out[IMAGES + view] = self._video_feature(3, self.video.to_info(), depth=False)
+            if self.depth:
+                out[DEPTH + view] = self._video_feature(1, self.depth_codec.to_info(), depth=True)
+            if self.segmentation:
+                out[SEGMENTATION + view] = {"dtype": "image", "shape": [*self.image_size, 1], "names": ["height", "width", "channels"]}
+            if self.cameras:
+                out[f"{CAMERA}{view}.extrinsics"] = _vector(16)
+                out[f"{CAMERA}{view}.intrinsics"] = _vector(9)
+            out[PROVENANCE + view] = {"dtype": "int64", "shape": [1], "names": None}
+        out[SUCCESS] = {"dtype": "bool", "shape": [1], "names": None}
+        return out
+
+    def _video_feature(self, channels: int, codec: dict[str, Any], *, depth: bool) -> dict[str, Any]:
+        height, width = self.image_size
+        info = {"video.height": height, "video.width": width, "video.channels": channels, "video.fps": self.fps, **codec,
+                "video.is_depth_map": depth, "is_depth_map": depth, "has_audio": False}  # fmt: skip
+        return {"dtype": "video", "shape": [height, width, channels], "names": ["height", "width", "channels"], "info": info}
+
+
+def _vector(size: int) -> dict[str, Any]:
+    return {"dtype": "float32", "shape": [size], "names": None}
+
+
+def arrow_schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
+    """Arrow columns of a data file: vectors as fixed-size lists, images as (bytes, path) structs, videos left out."""
+    columns = {k: _arrow_type(f) for k, f in features.items() if f["dtype"] != "video"}
+    return pa.schema(list(columns.items()))
+
+
+def _arrow_type(feature: dict[str, Any]) -> pa.DataType:
+    if feature["dtype"] == "image":
+        return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    scalar = {"bool": pa.bool_(), "int64": pa.int64(), "float32": pa.float32()}[feature["dtype"]]
+    # a vector of length 1 is a plain column in LeRobot's files
+    return scalar if feature["shape"] == [1] else pa.list_(scalar, feature["shape"][0])
+
+
+def new_info(spec: DatasetSpec, *, episodes: int, frames: int, tasks: int) -> dict[str, Any]:
+    """``meta/info.json`` of a dataset with the given totals."""
+    return {
+        "codebase_version": VERSION,
+        "robot_type": spec.robot_type,
+        "total_episodes": episodes,
+        "total_frames": frames,
+        "total_tasks": tasks,
+        "chunks_size": CHUNK_SIZE,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": spec.fps,
+        "splits": {"train": f"0:{episodes}"},
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
+        "features": spec.features(),
+        "provenance": {str(code): name for code, name in enumerate(PROVENANCE_LEGEND)},
+    }
+
+
+CAMERA_CONVENTION = {
+    "convention": "OpenCV: x right, y down, z forward",
+    "extrinsics": "observation.camera.<view>.extrinsics: float32[16], camera_to_world, row major, metres",
+    "intrinsics": "observation.camera.<view>.intrinsics: float32[9], row major, pixels of the stored image",
+    "pixel_centre": 0.5,
+    "depth": "observation.depth.<view>: metres along the optical axis",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk; missing or damaged is a :class:`DatasetError` that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: expected this file in a LeRobot v3 dataset, found none; is the root right?", path=path) from None
+    except (OSError, ValueError) as cause:
+        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    write_atomically(path, json.dumps(values, indent=4, ensure_ascii=False).encode())
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as parquet, built in memory so that the write itself goes through one checked file."""
+    sink = pa.BufferOutputStream()
+    # a file of one row (meta/episodes) is all overhead: dictionaries and column statistics triple it
+    many = table.num_rows > 1
+    pq.write_table(table, sink, compression="snappy", use_dictionary=many, write_statistics=many)
+    return sink.getvalue().to_pybytes()
+
+
+def tasks_table(tasks: list[str]) -> pa.Table:
+    """``tasks.parquet`` with the metadata that makes pandas read column ``task`` as the index (pandas is not needed)."""
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    column = {"metadata": None}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [{"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object",
+                            "metadata": {"encoding": "UTF-8"}}],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64", **column},
+            {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", **column},
+        ],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.0",
+    }  # fmt: skip
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+
+
+def read_tasks(root: Path) -> list[str]:
+    """Instructions by task index; an absent file is an empty list, a damaged one a :class:`DatasetError`."""
+    path = root / TASKS_PATH
+    if not path.exists():
+        return []
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as cause:
+        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
+    text = [n for n in table.column_names if pa.types.is_string(table.schema.field(n).type) or n == "task"]
+    pairs = zip(table["task_index"].to_pylist(), table[text[0]].to_pylist(), strict=True)
+    return [task for _, task in sorted(pairs)]
+
+
+def check_same_features(stored: dict[str, Any], wanted: dict[str, Any], root: Path) -> None:
+    """Raise ``ValueError`` naming the first feature in which an existing dataset and a writer differ."""
+    for key in (*wanted, *stored):
+        if key not in stored or key not in wanted:
+            side = "the dataset lacks it" if key in wanted else "the writer was not asked for it"
+            other = closest(key, stored if key in wanted else wanted)
+            raise ValueError(f"{key}: expected the features of the dataset in {root}, but {side} ({other}); use a new root")
+        for part in ("dtype", "shape"):
+            if _plain(stored[key][part]) != _plain(wanted[key][part]):
+                raise ValueError(
+                    f"{key}: expected {part} {stored[key][part]} as in the dataset in {root}, got {wanted[key][part]}; "
+                    "use a new root or the same sizes"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def shape_of(array: Any) -> str:
+    """``uint8 [64, 64, 3]``: dtype and shape for error sentences."""
+    array = np.asarray(array)
+    return f"{array.dtype} {list(array.shape)}"

@@ -1,0 +1,410 @@
+"""Read LeRobot v3.0 datasets, ours and others': one file per episode or many episodes in shared files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dataengine import lerobot as layout
+from dataengine.cameras import Cameras
+from dataengine.errors import DatasetError, closest
+from dataengine.stats import column_array
+from dataengine.video import DepthCodec, count_frames, read_window
+
+NO_ID = 65535  # the 16-bit code of segmentation id -1
+
+
+@dataclass(frozen=True)
+class EpisodeMeta:
+    """One row of ``meta/episodes``.
+
+    Attributes:
+        index, length: episode number and number of frames.
+        tasks: instructions.
+        chunk_index, file_index: its data file.
+        from_index, to_index: global frame numbers, end exclusive.
+        videos: video key -> (chunk index, file index, first second, last second).
+        success, seed: None where not known.
+    """
+
+    index: int
+    length: int
+    tasks: tuple[str, ...]
+    chunk_index: int
+    file_index: int
+    from_index: int
+    to_index: int
+    videos: dict[str, tuple[int, int, float, float]]
+    success: bool | None = None
+    seed: int | None = None
+
+    @property
+    def file(self) -> dict[str, int]:
+        return {"chunk_index": self.chunk_index, "file_index": self.file_index}
+
+    def video_path(self, root: Path, key: str, template: str = layout.VIDEO_PATH) -> Path:
+        """The video file that holds ``key`` of this episode."""
+        chunk, file, _, _ = self.videos[key]
+        return root / template.format(video_key=key, chunk_index=chunk, file_index=file)
+
+    def to_row(self) -> dict[str, Any]:
+        """LeRobot's columns."""
+        row: dict[str, Any] = {
+            "episode_index": self.index, "tasks": list(self.tasks), "length": self.length,
+            "data/chunk_index": self.chunk_index, "data/file_index": self.file_index,
+            "dataset_from_index": self.from_index, "dataset_to_index": self.to_index,
+        }  # fmt: skip
+        for key, values in self.videos.items():
+            names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+            row.update({f"videos/{key}/{n}": v for n, v in zip(names, values, strict=True)})
+        row.update({"meta/episodes/chunk_index": self.chunk_index, "meta/episodes/file_index": self.file_index})
+        return {**row, "success": self.success, "seed": self.seed}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> EpisodeMeta:
+        """Inverse of :meth:`to_row`; columns of other writers are ignored."""
+        keys = [n.removeprefix("videos/").removesuffix("/chunk_index") for n in row
+                if n.startswith("videos/") and n.endswith("/chunk_index")]  # fmt: skip
+        videos = {k: tuple(row[f"videos/{k}/{n}"] for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"))
+                  for k in keys if row[f"videos/{k}/chunk_index"] is not None}  # fmt: skip
+        return cls(
+            index=row["episode_index"], length=row["length"], tasks=tuple(row["tasks"]),
+            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"],
+            from_index=row["dataset_from_index"], to_index=row["dataset_to_index"], videos=videos,
+            success=row.get("success"), seed=row.get("seed"),
+        )  # fmt: skip
+
+
+def read_episode_table(root: Path, damaged: list[str] | None = None) -> dict[int, EpisodeMeta]:
+    """Every episode of ``meta/episodes`` by index.
+
+    Args:
+        damaged: when given, a file that cannot be read adds a sentence here instead of raising :class:`DatasetError`.
+    """
+    episodes: dict[int, EpisodeMeta] = {}
+    for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
+        try:
+            names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
+            rows = [EpisodeMeta.from_row(r) for r in pq.read_table(path, columns=names).to_pylist()]
+        except (OSError, pa.ArrowException, KeyError) as cause:
+            sentence = f"{path}: cannot be read ({cause}); restore this file from a copy, the episodes of other files are readable"
+            if damaged is None:
+                raise DatasetError(sentence, path=path) from cause
+            damaged.append(sentence)
+            continue
+        episodes.update({e.index: e for e in rows})
+    return episodes
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """T frames of one episode, or a window of them.
+
+    Attributes:
+        images: view -> uint8 ``[T, H, W, 3]``.
+        state: float32 ``[T, S]``; row t is observation t.
+        action: float32 ``[T, A]``; row t is the action taken at observation t.
+        cameras: poses ``[T, V, ...]``, or None where the dataset has none.
+        depth: view -> float32 ``[T, H, W]`` metres, or None.
+        segmentation: view -> int32 ``[T, H, W]`` ids, -1 for nothing, or None.
+        task: the instruction (of the first frame).
+        success, seed: None where not known.
+        fps: frames per second.
+        timestamp: float32 ``[T]`` seconds since the start of the episode.
+        provenance: view -> int64 ``[T]``, codes of :data:`dataengine.lerobot.PROVENANCE_LEGEND`.
+        extra: every other numeric column, ``[T, N]``.
+        index, start: number of the episode and of the window's first frame.
+    """
+
+    images: dict[str, NDArray[np.uint8]]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+    cameras: Cameras | None
+    depth: dict[str, NDArray[np.float32]] | None
+    segmentation: dict[str, NDArray[np.int32]] | None
+    task: str
+    success: bool | None
+    seed: int | None
+    fps: float
+    timestamp: NDArray[np.float32]
+    provenance: dict[str, NDArray[np.int64]]
+    extra: dict[str, NDArray[Any]]
+    index: int
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.timestamp)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return tuple(self.images)
+
+    @property
+    def stacked_images(self) -> NDArray[np.uint8]:
+        """uint8 ``[T, V, H, W, 3]``; a ``ValueError`` where the views differ in size."""
+        sizes = {v: i.shape[1:3] for v, i in self.images.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"stacked_images: expected views of one size, got {sizes}; use images[view]")
+        return np.stack(list(self.images.values()), axis=1)
+
+
+class EpisodeDataset:
+    """Episodes on disk; holds only metadata, decodes on demand, pickles cheaply (for data-loader workers).
+
+    Args:
+        root: folder of a LeRobot v3.0 dataset.
+
+    Raises:
+        DatasetError: no dataset there, or its ``info.json`` or ``tasks.parquet`` cannot be read. Damage to a single episode
+            shows when that episode is read; the others stay readable.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DatasetError(f"{self.root}: expected a dataset folder, found none; record one first or check the path", path=self.root)
+        self.info = layout.read_json(self.root / layout.INFO_PATH)
+        self._check_info()
+        self.fps = float(self.info["fps"])
+        self.tasks = tuple(layout.read_tasks(self.root))
+        self._damaged: list[str] = []
+        self._episodes = read_episode_table(self.root, self._damaged)
+        self._length = max([*self._episodes, -1]) + 1
+        if self._damaged:
+            self._length = max(self._length, int(self.info["total_episodes"]))
+
+    def _check_info(self) -> None:
+        path = self.root / layout.INFO_PATH
+        for key in ("codebase_version", "fps", "features", "total_episodes"):
+            if key not in self.info:
+                raise DatasetError(f"{path}: expected the key {key!r}, found none; restore this file from a copy", path=path)
+        if not str(self.info["codebase_version"]).startswith("v3"):
+            version = self.info["codebase_version"]
+            raise DatasetError(f"{path}: expected a LeRobot v3 dataset, got {version}; convert it with LeRobot's own converter", path=path)
+
+    # ---- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        return self.info["features"]
+
+    def _is_depth(self, key: str) -> bool:
+        info = self.features[key].get("info") or {}
+        return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
+
+    @property
+    def _view_keys(self) -> dict[str, str]:
+        pictures = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
+        colour = [k for k in pictures if not self._is_depth(k) and not k.startswith(layout.SEGMENTATION)]
+        return {k.removeprefix(layout.IMAGES): k for k in colour}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the colour cameras."""
+        return tuple(self._view_keys)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Frames per episode (0 where the metadata is damaged)."""
+        return tuple(self._episodes[i].length if i in self._episodes else 0 for i in range(len(self)))
+
+    @property
+    def success(self) -> tuple[bool | None, ...]:
+        """Success per episode, None where not known."""
+        return tuple(self._episodes[i].success if i in self._episodes else None for i in range(len(self)))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def meta(self, index: int) -> EpisodeMeta:
+        """Metadata of one episode, without decoding; IndexError outside, DatasetError where its metadata is damaged."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"episode {index}: expected 0 to {len(self) - 1} in {self.root}")
+        index %= len(self)
+        if index not in self._episodes:
+            reason = "; ".join(self._damaged) or f"{self.root}/meta/episodes has no row for it"
+            raise DatasetError(f"episode {index}: its metadata is missing or damaged ({reason})", path=self.root, episode=index)
+        return self._episodes[index]
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.episode(index)
+
+    def episode(
+        self, index: int, start: int = 0, stop: int | None = None, *, views: Sequence[str] | None = None
+    ) -> Episode:
+        """Read frames ``start .. stop`` of an episode, decoding only those (and back to the key frame before).
+
+        Args:
+            index: episode number; negative counts from the end.
+            start, stop: frame window, stop exclusive, None for the end.
+            views: which cameras to decode, in this order; None for all.
+
+        Raises:
+            IndexError, ValueError: outside the episode; an unknown view (closest name).
+            DatasetError: a missing or damaged file; names file, episode and frame.
+        """
+        meta = self.meta(index)
+        stop = meta.length if stop is None else stop
+        if not 0 <= start < stop <= meta.length:
+            raise IndexError(f"window: expected 0 <= start < stop <= {meta.length} in episode {meta.index}, got {start}, {stop}")
+        names = self._chosen(views)
+        table = self._rows(meta).slice(start, stop - start)
+        window = (meta, start, stop - start)
+        images = {v: self._pictures(self._view_keys[v], table, *window) for v in names}
+        return self._assemble(meta, start, table, images, names)
+
+    def _chosen(self, views: Sequence[str] | None) -> tuple[str, ...]:
+        for view in views or ():
+            if view not in self.views:
+                raise ValueError(f"views: unknown view {view!r}; {closest(view, self.views)}")
+        return self.views if views is None else tuple(views)
+
+    def _rows(self, meta: EpisodeMeta) -> pa.Table:
+        template = self.info.get("data_path", layout.DATA_PATH)
+        path = self.root / template.format(**meta.file)
+        try:
+            table = pq.read_table(path, filters=[("episode_index", "=", meta.index)])
+        except (OSError, pa.ArrowException) as cause:
+            raise self._damage(path, meta.index, 0, str(cause)) from cause
+        if table.num_rows != meta.length:
+            first = min(table.num_rows, meta.length)
+            raise self._damage(path, meta.index, first, f"{table.num_rows} rows instead of {meta.length}")
+        return table
+
+    def _damage(self, path: Path, episode: int, frame: int, reason: str) -> DatasetError:
+        text = " ".join(reason.split())
+        return DatasetError(
+            f"{path}: cannot read episode {episode} from frame {frame} on ({text}); restore this file from a copy or leave "
+            f"episode {episode} out, the others are readable",
+            path=path, episode=episode, frame=frame,
+        )  # fmt: skip
+
+    def _pictures(self, key: str, table: pa.Table, meta: EpisodeMeta, start: int, count: int) -> NDArray[Any]:
+        if self.features[key]["dtype"] == "image":
+            return np.stack([_decode_png(cell, cv2.IMREAD_COLOR)[..., ::-1] for cell in table[key].to_pylist()])
+        if key not in meta.videos:
+            raise self._damage(self.root / "meta" / "episodes", meta.index, 0, f"no video file listed for {key}")
+        template = self.info.get("video_path", layout.VIDEO_PATH)
+        offset = round(meta.videos[key][2] * self.fps)
+        depth = self._depth_codec(key) if self._is_depth(key) else None
+        return read_window(
+            meta.video_path(self.root, key, template), fps=self.fps, first=offset + start, count=count, episode=meta.index, depth=depth
+        )
+
+    def _depth_codec(self, key: str) -> DepthCodec:
+        info = self.features[key].get("info") or {}
+        value = {n: info.get(f"video.{n}", info.get(n)) for n in ("depth_min", "depth_max", "shift")}
+        if value["depth_min"] is None or value["depth_max"] is None:
+            raise DatasetError(f"{self.root / layout.INFO_PATH}: expected depth_min and depth_max for {key}, found none", path=self.root)
+        return DepthCodec(near=value["depth_min"], far=value["depth_max"], shift=value["shift"] or 0.0)
+
+    def _assemble(self, meta: EpisodeMeta, start: int, table: pa.Table, images: dict[str, Any], names: tuple[str, ...]) -> Episode:
+        columns = {n: table[n] for n in table.column_names}
+        empty = np.zeros((table.num_rows, 0), np.float32)
+        vectors = {k: column_array(columns[k]) for k, f in self.features.items()
+                   if k in columns and f["dtype"] not in ("video", "image", "string", "language")}  # fmt: skip
+        task_index = int(vectors["task_index"][0, 0])
+        return Episode(
+            images=images,
+            state=vectors.pop(layout.STATE, empty).astype(np.float32),
+            action=vectors.pop(layout.ACTION, empty).astype(np.float32),
+            cameras=self._cameras(vectors, names, images),
+            depth=self._depth(meta, start, table, names),
+            segmentation=_segmentation(columns, names),
+            task=self.tasks[task_index] if task_index < len(self.tasks) else meta.tasks[0],
+            success=meta.success, seed=meta.seed, fps=self.fps,
+            timestamp=vectors["timestamp"][:, 0].astype(np.float32),
+            provenance={v: vectors[layout.PROVENANCE + v][:, 0] for v in names if layout.PROVENANCE + v in vectors},
+            extra={k: v for k, v in vectors.items() if not _is_known(k)},
+            index=meta.index, start=start,
+        )  # fmt: skip
+
+    def _cameras(self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...], images: dict[str, Any]) -> Cameras | None:
+        keys = [f"{layout.CAMERA}{v}." for v in names]
+        if not names or any(k + "extrinsics" not in vectors for k in keys):
+            return None
+        poses = np.stack([vectors[k + "extrinsics"].reshape(-1, 4, 4) for k in keys], axis=1)
+        matrices = np.stack([vectors[k + "intrinsics"].reshape(-1, 3, 3) for k in keys], axis=1)
+        height, width = self.features[self._view_keys[names[0]]]["shape"][:2]
+        return Cameras(names, matrices, poses, int(width), int(height))
+
+    def _depth(self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]) -> dict[str, Any] | None:
+        keys = {v: layout.DEPTH + v for v in names if layout.DEPTH + v in self.features}
+        if not keys:
+            return None
+        return {v: self._pictures(k, table, meta, start, table.num_rows) for v, k in keys.items()}
+
+    # ---- checking ------------------------------------------------------------------------------------------------
+
+    def problems(self) -> list[str]:
+        """Read everything and return one sentence per problem; an empty list is a sound dataset."""
+        found = list(self._damaged)
+        for index in range(len(self)):
+            try:
+                found += self._episode_problems(self.meta(index))
+            except (DatasetError, ValueError) as error:
+                found.append(str(error))
+        return found
+
+    def validate(self) -> None:
+        """Raise :class:`DatasetError` that lists every problem of :meth:`problems`; return when there is none."""
+        found = self.problems()
+        if found:
+            raise DatasetError(f"{self.root}: {len(found)} problems: " + " | ".join(found), path=self.root)
+
+    def _episode_problems(self, meta: EpisodeMeta) -> list[str]:
+        table = self._rows(meta)
+        name = f"{self.root}: episode {meta.index}"
+        found = []
+        frame_index = table["frame_index"].to_numpy()
+        if not np.array_equal(frame_index, np.arange(meta.length)):
+            bad = int(np.flatnonzero(frame_index != np.arange(meta.length))[0])
+            found.append(f"{name}, frame {bad}: expected frame_index {bad}, got {frame_index[bad]}; record it again")
+        if meta.to_index - meta.from_index != meta.length:
+            found.append(f"{name}: expected {meta.length} frames between its indices, got {meta.from_index} to {meta.to_index}")
+        if (np.diff(table["timestamp"].to_numpy()) <= 0).any():
+            found.append(f"{name}: expected rising timestamps; record it again")
+        self.episode(meta.index)  # decodes every picture and checks every camera
+        return found + self._spare_frames(meta)
+
+    def _spare_frames(self, meta: EpisodeMeta) -> list[str]:
+        """Files that belong to this episode alone must hold exactly its frames."""
+        template = self.info.get("video_path", layout.VIDEO_PATH)
+        found = []
+        for key in meta.videos:
+            path = meta.video_path(self.root, key, template)
+            shared = [e for e in self._episodes.values() if key in e.videos and e.videos[key][:2] == meta.videos[key][:2]]
+            count = count_frames(path)
+            if len(shared) == 1 and count != meta.length:
+                found.append(f"{path}: expected {meta.length} frames of episode {meta.index}, got {count}; restore this file")
+        return found
+
+
+def _is_known(key: str) -> bool:
+    prefixes = (layout.CAMERA, layout.PROVENANCE)
+    return key in (*layout.INDEX_COLUMNS, layout.SUCCESS) or key.startswith(prefixes)
+
+
+def _decode_png(cell: dict[str, Any], flag: int) -> NDArray[Any]:
+    picture = cv2.imdecode(np.frombuffer(cell["bytes"], np.uint8), flag)
+    if picture is None:
+        raise ValueError("a picture in the parquet file cannot be decoded")
+    return picture
+
+
+def _segmentation(columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]) -> dict[str, NDArray[np.int32]] | None:
+    keys = {v: layout.SEGMENTATION + v for v in names if layout.SEGMENTATION + v in columns}
+    if not keys:
+        return None
+    stacks = {v: np.stack([_decode_png(c, cv2.IMREAD_UNCHANGED) for c in columns[k].to_pylist()]) for v, k in keys.items()}
+    return {v: np.where(s == NO_ID, -1, s.astype(np.int32)) for v, s in stacks.items()}
