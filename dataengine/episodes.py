@@ -4,8 +4,19 @@
 """
 
 from dataengine.errors import DatasetError, DatasetWriteError
-from dataengine.reader import Episode, EpisodeDataset, EpisodeMeta
-from dataengine.video import VideoCodec
-from dataengine.writer import EpisodeWriter
+from dataengine.lerobot.layout import PROVENANCE_LEGEND
+from dataengine.lerobot.metadata import EpisodeMeta
+from dataengine.lerobot.reader import Episode, EpisodeDataset
+from dataengine.lerobot.video import VideoCodec
+from dataengine.lerobot.writer import EpisodeWriter
 
-__all__ = ["DatasetError", "DatasetWriteError", "Episode", "EpisodeDataset", "EpisodeMeta", "EpisodeWriter", "VideoCodec"]
+__all__ = [
+    "PROVENANCE_LEGEND",
+    "DatasetError",
+    "DatasetWriteError",
+    "Episode",
+    "EpisodeDataset",
+    "EpisodeMeta",
+    "EpisodeWriter",
+    "VideoCodec",
+]

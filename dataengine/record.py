@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dataengine.errors import DatasetError
-from dataengine.writer import EpisodeWriter
+from dataengine.lerobot.writer import EpisodeWriter
 
 RENDER_VIEW = "render"
 CLEAN_ACTION = "action.clean"

@@ -7,18 +7,15 @@ frame, success and seed per episode.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dataengine.errors import DatasetError, closest
-from dataengine.video import DepthCodec, VideoCodec
+from dataengine.errors import closest
+from dataengine.lerobot.video import DepthCodec, VideoCodec
 
 VERSION = "v3.0"
 CHUNK_SIZE = 1000
@@ -143,26 +140,6 @@ def _arrow_type(feature: dict[str, Any]) -> pa.DataType:
     return scalar if feature["shape"] == [1] else pa.list_(scalar, feature["shape"][0])
 
 
-def new_info(spec: DatasetSpec, *, episodes: int, frames: int, tasks: int) -> dict[str, Any]:
-    """``meta/info.json`` of a dataset with the given totals."""
-    return {
-        "codebase_version": VERSION,
-        "robot_type": spec.robot_type,
-        "total_episodes": episodes,
-        "total_frames": frames,
-        "total_tasks": tasks,
-        "chunks_size": CHUNK_SIZE,
-        "data_files_size_in_mb": 100,
-        "video_files_size_in_mb": 200,
-        "fps": spec.fps,
-        "splits": {"train": f"0:{episodes}"},
-        "data_path": DATA_PATH,
-        "video_path": VIDEO_PATH,
-        "features": spec.features(),
-        "provenance": {str(code): name for code, name in enumerate(PROVENANCE_LEGEND)},
-    }
-
-
 CAMERA_CONVENTION = {
     "convention": "OpenCV: x right, y down, z forward",
     "extrinsics": "observation.camera.<view>.extrinsics: float32[16], camera_to_world, row major, metres",
@@ -170,77 +147,6 @@ CAMERA_CONVENTION = {
     "pixel_centre": 0.5,
     "depth": "observation.depth.<view>: metres along the optical axis",
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk; missing or damaged is a :class:`DatasetError` that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: expected this file in a LeRobot v3 dataset, found none; is the root right?", path=path) from None
-    except (OSError, ValueError) as cause:
-        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object atomically."""
-    write_atomically(path, json.dumps(values, indent=4, ensure_ascii=False).encode())
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as parquet, built in memory so that the write itself goes through one checked file."""
-    sink = pa.BufferOutputStream()
-    # a file of one row (meta/episodes) is all overhead: dictionaries and column statistics triple it
-    many = table.num_rows > 1
-    pq.write_table(table, sink, compression="snappy", use_dictionary=many, write_statistics=many)
-    return sink.getvalue().to_pybytes()
-
-
-def tasks_table(tasks: list[str]) -> pa.Table:
-    """``tasks.parquet`` with the metadata that makes pandas read column ``task`` as the index (pandas is not needed)."""
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
-    column = {"metadata": None}
-    pandas = {
-        "index_columns": ["task"],
-        "column_indexes": [{"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object",
-                            "metadata": {"encoding": "UTF-8"}}],
-        "columns": [
-            {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64", **column},
-            {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", **column},
-        ],
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.2.0",
-    }  # fmt: skip
-    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
-
-
-def read_tasks(root: Path) -> list[str]:
-    """Instructions by task index; an absent file is an empty list, a damaged one a :class:`DatasetError`."""
-    path = root / TASKS_PATH
-    if not path.exists():
-        return []
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as cause:
-        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
-    text = [n for n in table.column_names if pa.types.is_string(table.schema.field(n).type) or n == "task"]
-    pairs = zip(table["task_index"].to_pylist(), table[text[0]].to_pylist(), strict=True)
-    return [task for _, task in sorted(pairs)]
 
 
 def check_same_features(stored: dict[str, Any], wanted: dict[str, Any], root: Path) -> None:

@@ -7,101 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dataengine import lerobot as layout
 from dataengine.cameras import Cameras
 from dataengine.errors import DatasetError, closest
-from dataengine.stats import column_array
-from dataengine.video import DepthCodec, count_frames, read_window
-
-NO_ID = 65535  # the 16-bit code of segmentation id -1
-
-
-@dataclass(frozen=True)
-class EpisodeMeta:
-    """One row of ``meta/episodes``.
-
-    Attributes:
-        index, length: episode number and number of frames.
-        tasks: instructions.
-        chunk_index, file_index: its data file.
-        from_index, to_index: global frame numbers, end exclusive.
-        videos: video key -> (chunk index, file index, first second, last second).
-        success, seed: None where not known.
-    """
-
-    index: int
-    length: int
-    tasks: tuple[str, ...]
-    chunk_index: int
-    file_index: int
-    from_index: int
-    to_index: int
-    videos: dict[str, tuple[int, int, float, float]]
-    success: bool | None = None
-    seed: int | None = None
-
-    @property
-    def file(self) -> dict[str, int]:
-        return {"chunk_index": self.chunk_index, "file_index": self.file_index}
-
-    def video_path(self, root: Path, key: str, template: str = layout.VIDEO_PATH) -> Path:
-        """The video file that holds ``key`` of this episode."""
-        chunk, file, _, _ = self.videos[key]
-        return root / template.format(video_key=key, chunk_index=chunk, file_index=file)
-
-    def to_row(self) -> dict[str, Any]:
-        """LeRobot's columns."""
-        row: dict[str, Any] = {
-            "episode_index": self.index, "tasks": list(self.tasks), "length": self.length,
-            "data/chunk_index": self.chunk_index, "data/file_index": self.file_index,
-            "dataset_from_index": self.from_index, "dataset_to_index": self.to_index,
-        }  # fmt: skip
-        for key, values in self.videos.items():
-            names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-            row.update({f"videos/{key}/{n}": v for n, v in zip(names, values, strict=True)})
-        row.update({"meta/episodes/chunk_index": self.chunk_index, "meta/episodes/file_index": self.file_index})
-        return {**row, "success": self.success, "seed": self.seed}
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> EpisodeMeta:
-        """Inverse of :meth:`to_row`; columns of other writers are ignored."""
-        keys = [n.removeprefix("videos/").removesuffix("/chunk_index") for n in row
-                if n.startswith("videos/") and n.endswith("/chunk_index")]  # fmt: skip
-        videos = {k: tuple(row[f"videos/{k}/{n}"] for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"))
-                  for k in keys if row[f"videos/{k}/chunk_index"] is not None}  # fmt: skip
-        return cls(
-            index=row["episode_index"], length=row["length"], tasks=tuple(row["tasks"]),
-            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"],
-            from_index=row["dataset_from_index"], to_index=row["dataset_to_index"], videos=videos,
-            success=row.get("success"), seed=row.get("seed"),
-        )  # fmt: skip
-
-
-def read_episode_table(root: Path, damaged: list[str] | None = None) -> dict[int, EpisodeMeta]:
-    """Every episode of ``meta/episodes`` by index.
-
-    Args:
-        damaged: when given, a file that cannot be read adds a sentence here instead of raising :class:`DatasetError`.
-    """
-    episodes: dict[int, EpisodeMeta] = {}
-    for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
-        try:
-            names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
-            rows = [EpisodeMeta.from_row(r) for r in pq.read_table(path, columns=names).to_pylist()]
-        except (OSError, pa.ArrowException, KeyError) as cause:
-            sentence = f"{path}: cannot be read ({cause}); restore this file from a copy, the episodes of other files are readable"
-            if damaged is None:
-                raise DatasetError(sentence, path=path) from cause
-            damaged.append(sentence)
-            continue
-        episodes.update({e.index: e for e in rows})
-    return episodes
+from dataengine.lerobot import files, layout, metadata
+from dataengine.lerobot.metadata import EpisodeMeta
+from dataengine.lerobot.pictures import decode_ids, decode_image
+from dataengine.lerobot.stats import column_array
+from dataengine.lerobot.video import DepthCodec, read_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,15 +88,14 @@ class EpisodeDataset:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DatasetError(f"{self.root}: expected a dataset folder, found none; record one first or check the path", path=self.root)
-        self.info = layout.read_json(self.root / layout.INFO_PATH)
+        self.info = files.read_json(self.root / layout.INFO_PATH)
         self._check_info()
         self.fps = float(self.info["fps"])
-        self.tasks = tuple(layout.read_tasks(self.root))
+        self.tasks = tuple(metadata.read_tasks(self.root))
         self._damaged: list[str] = []
-        self._episodes = read_episode_table(self.root, self._damaged)
-        self._length = max([*self._episodes, -1]) + 1
-        if self._damaged:
-            self._length = max(self._length, int(self.info["total_episodes"]))
+        self._episodes = metadata.read_episode_table(self.root, self._damaged)
+        # a killed writer leaves info.json one episode behind; lost meta files leave it ahead
+        self._length = max([e + 1 for e in self._episodes] + [int(self.info["total_episodes"])])
 
     def _check_info(self) -> None:
         path = self.root / layout.INFO_PATH
@@ -221,6 +137,11 @@ class EpisodeDataset:
         """Success per episode, None where not known."""
         return tuple(self._episodes[i].success if i in self._episodes else None for i in range(len(self)))
 
+    @property
+    def readable(self) -> tuple[EpisodeMeta, ...]:
+        """Metadata of every episode whose metadata is sound."""
+        return tuple(self._episodes.values())
+
     def __len__(self) -> int:
         return self._length
 
@@ -258,7 +179,7 @@ class EpisodeDataset:
         if not 0 <= start < stop <= meta.length:
             raise IndexError(f"window: expected 0 <= start < stop <= {meta.length} in episode {meta.index}, got {start}, {stop}")
         names = self._chosen(views)
-        table = self._rows(meta).slice(start, stop - start)
+        table = self.rows(meta).slice(start, stop - start)
         window = (meta, start, stop - start)
         images = {v: self._pictures(self._view_keys[v], table, *window) for v in names}
         return self._assemble(meta, start, table, images, names)
@@ -269,7 +190,8 @@ class EpisodeDataset:
                 raise ValueError(f"views: unknown view {view!r}; {closest(view, self.views)}")
         return self.views if views is None else tuple(views)
 
-    def _rows(self, meta: EpisodeMeta) -> pa.Table:
+    def rows(self, meta: EpisodeMeta) -> pa.Table:
+        """The parquet rows of one episode; DatasetError where they are damaged or not as many as its length."""
         template = self.info.get("data_path", layout.DATA_PATH)
         path = self.root / template.format(**meta.file)
         try:
@@ -291,7 +213,7 @@ class EpisodeDataset:
 
     def _pictures(self, key: str, table: pa.Table, meta: EpisodeMeta, start: int, count: int) -> NDArray[Any]:
         if self.features[key]["dtype"] == "image":
-            return np.stack([_decode_png(cell, cv2.IMREAD_COLOR)[..., ::-1] for cell in table[key].to_pylist()])
+            return np.stack([decode_image(cell["bytes"]) for cell in table[key].to_pylist()])
         if key not in meta.videos:
             raise self._damage(self.root / "meta" / "episodes", meta.index, 0, f"no video file listed for {key}")
         template = self.info.get("video_path", layout.VIDEO_PATH)
@@ -344,17 +266,11 @@ class EpisodeDataset:
             return None
         return {v: self._pictures(k, table, meta, start, table.num_rows) for v, k in keys.items()}
 
-    # ---- checking ------------------------------------------------------------------------------------------------
-
     def problems(self) -> list[str]:
         """Read everything and return one sentence per problem; an empty list is a sound dataset."""
-        found = list(self._damaged)
-        for index in range(len(self)):
-            try:
-                found += self._episode_problems(self.meta(index))
-            except (DatasetError, ValueError) as error:
-                found.append(str(error))
-        return found
+        from dataengine.lerobot.check import find_problems
+
+        return self._damaged + find_problems(self)
 
     def validate(self) -> None:
         """Raise :class:`DatasetError` that lists every problem of :meth:`problems`; return when there is none."""
@@ -362,49 +278,14 @@ class EpisodeDataset:
         if found:
             raise DatasetError(f"{self.root}: {len(found)} problems: " + " | ".join(found), path=self.root)
 
-    def _episode_problems(self, meta: EpisodeMeta) -> list[str]:
-        table = self._rows(meta)
-        name = f"{self.root}: episode {meta.index}"
-        found = []
-        frame_index = table["frame_index"].to_numpy()
-        if not np.array_equal(frame_index, np.arange(meta.length)):
-            bad = int(np.flatnonzero(frame_index != np.arange(meta.length))[0])
-            found.append(f"{name}, frame {bad}: expected frame_index {bad}, got {frame_index[bad]}; record it again")
-        if meta.to_index - meta.from_index != meta.length:
-            found.append(f"{name}: expected {meta.length} frames between its indices, got {meta.from_index} to {meta.to_index}")
-        if (np.diff(table["timestamp"].to_numpy()) <= 0).any():
-            found.append(f"{name}: expected rising timestamps; record it again")
-        self.episode(meta.index)  # decodes every picture and checks every camera
-        return found + self._spare_frames(meta)
-
-    def _spare_frames(self, meta: EpisodeMeta) -> list[str]:
-        """Files that belong to this episode alone must hold exactly its frames."""
-        template = self.info.get("video_path", layout.VIDEO_PATH)
-        found = []
-        for key in meta.videos:
-            path = meta.video_path(self.root, key, template)
-            shared = [e for e in self._episodes.values() if key in e.videos and e.videos[key][:2] == meta.videos[key][:2]]
-            count = count_frames(path)
-            if len(shared) == 1 and count != meta.length:
-                found.append(f"{path}: expected {meta.length} frames of episode {meta.index}, got {count}; restore this file")
-        return found
-
 
 def _is_known(key: str) -> bool:
     prefixes = (layout.CAMERA, layout.PROVENANCE)
     return key in (*layout.INDEX_COLUMNS, layout.SUCCESS) or key.startswith(prefixes)
 
 
-def _decode_png(cell: dict[str, Any], flag: int) -> NDArray[Any]:
-    picture = cv2.imdecode(np.frombuffer(cell["bytes"], np.uint8), flag)
-    if picture is None:
-        raise ValueError("a picture in the parquet file cannot be decoded")
-    return picture
-
-
 def _segmentation(columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]) -> dict[str, NDArray[np.int32]] | None:
     keys = {v: layout.SEGMENTATION + v for v in names if layout.SEGMENTATION + v in columns}
     if not keys:
         return None
-    stacks = {v: np.stack([_decode_png(c, cv2.IMREAD_UNCHANGED) for c in columns[k].to_pylist()]) for v, k in keys.items()}
-    return {v: np.where(s == NO_ID, -1, s.astype(np.int32)) for v, s in stacks.items()}
+    return {v: np.stack([decode_ids(c["bytes"]) for c in columns[k].to_pylist()]) for v, k in keys.items()}

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dataengine import lerobot as layout
 from dataengine.cameras import Cameras, check_intrinsics, check_rigid
 from dataengine.errors import closest
-from dataengine.lerobot import DatasetSpec, shape_of
-from dataengine.reader import NO_ID, EpisodeMeta
-from dataengine.stats import PictureStats, vector_stats
+from dataengine.lerobot import layout
+from dataengine.lerobot.layout import DatasetSpec, shape_of
+from dataengine.lerobot.metadata import EpisodeMeta
+from dataengine.lerobot.pictures import NO_ID, encode_ids
+from dataengine.lerobot.stats import PictureStats, vector_stats
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def _segmentation(view: str, value: Any, spec: DatasetSpec) -> dict[str, Any]:
         raise ValueError(
             f"segmentation[{view!r}]: expected ids from -1 (nothing) to {NO_ID - 1}, got {ids.min()} to {ids.max()}; renumber them"
         )
-    stored = np.where(ids < 0, NO_ID, ids).astype(np.uint16)
-    return {"bytes": cv2.imencode(".png", stored)[1].tobytes(), "path": None}
+    return {"bytes": encode_ids(ids), "path": None}
 
 
 def _vector(argument: str, value: Any, size: int) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class DepthCodec:
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.near + self.shift and self.near < self.far < math.inf):
+        if not (self.near + self.shift > 0 and self.near < self.far < math.inf):
             raise ValueError(f"depth_range: expected 0 < near < far in metres, got ({self.near}, {self.far})")
 
     @property
@@ -130,7 +131,7 @@ class VideoEncoder:
     """
 
     def __init__(self, path: Path, *, fps: float, height: int, width: int, codec: VideoCodec | DepthCodec):
-        self.path, self.codec, self.frames, self.rejected = path, codec, 0, None
+        self.path, self.codec, self.frames = path, codec, 0
         self._file = open(path, "wb")  # noqa: SIM115 - closed in close() and abort()
         self._container = av.open(self._file, "w", format="mp4")
         colour = isinstance(codec, VideoCodec)
@@ -177,9 +178,7 @@ class VideoEncoder:
         self.path.unlink(missing_ok=True)
 
 
-def _rational(fps: float) -> Any:
-    from fractions import Fraction
-
+def _rational(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 

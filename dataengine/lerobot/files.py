@@ -1,0 +1,98 @@
+"""Files that are there entirely or not at all, and the lock that keeps a folder to one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataengine.errors import DatasetError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks on folders; there the user must not start two writers
+    fcntl = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk; missing or damaged is a :class:`DatasetError` that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: expected this file in a LeRobot v3 dataset, found none; is the root right?", path=path) from None
+    except (OSError, ValueError) as cause:
+        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    write_atomically(path, json.dumps(values, indent=4, ensure_ascii=False).encode())
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as parquet, built in memory so that the write itself goes through one checked file."""
+    sink = pa.BufferOutputStream()
+    # a file of one row (meta/episodes) is all overhead: dictionaries, statistics and a second schema quadruple it
+    many = table.num_rows > 1
+    pq.write_table(table, sink, use_dictionary=many, write_statistics=many, store_schema=many)
+    return sink.getvalue().to_pybytes()
+
+
+def move_all(moves: list[tuple[Path, Path]]) -> None:
+    """Rename in order, the meta file last; on failure take back what was moved, so that no file stays that nobody owns."""
+    done: list[Path] = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            done.append(target)
+    except OSError:
+        for target in done:
+            target.unlink(missing_ok=True)
+        raise
+
+
+class FolderLock:
+    """An advisory lock on a folder, gone when the process ends, however it ends; leaves no file behind."""
+
+    def __init__(self, root: Path):
+        self._handle: int | None = None
+        self.held = True
+        if fcntl is None:
+            return
+        handle = os.open(root, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise DatasetError(
+                f"{root}: expected one writer at a time, but another one has this dataset open; wait or use another root",
+                path=root,
+            ) from None
+        self._handle = handle
+
+    def release(self) -> None:
+        """Let the next writer in; safe to call twice."""
+        self.held = False
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None

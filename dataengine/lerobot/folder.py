@@ -1,0 +1,157 @@
+"""The dataset folder as a writer sees it: what is in it, where the next episode goes, and how it becomes visible."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from dataengine.errors import DatasetError
+from dataengine.lerobot import files, layout, metadata
+from dataengine.lerobot.frames import EpisodeRows
+from dataengine.lerobot.layout import DatasetSpec
+from dataengine.lerobot.metadata import EpisodeMeta
+from dataengine.lerobot.stats import aggregate, read_stored_stats
+
+
+class DatasetFolder:
+    """A locked dataset folder with the features of ``spec``.
+
+    Args:
+        root: created when missing; a dataset in it must have the same features.
+        spec: features of every frame.
+        cameras_decided: False lets an existing dataset, or else the first frame, say whether there are camera poses.
+
+    Raises:
+        ValueError, DatasetError, OSError: as :class:`dataengine.episodes.EpisodeWriter` says; the lock is released then.
+    """
+
+    def __init__(self, root: Path, spec: DatasetSpec, *, cameras_decided: bool):
+        self.root, self.spec, self.cameras_decided = root, spec, cameras_decided
+        self.episodes: list[EpisodeMeta] = []
+        self.tasks: list[str] = []
+        root.mkdir(parents=True, exist_ok=True)
+        self.lock = files.FolderLock(root)
+        try:
+            self.clear_workspace()  # the lock says that no living writer owns it
+            self._load()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _load(self) -> None:
+        info_path = self.root / layout.INFO_PATH
+        if not info_path.exists() and {p.name for p in self.root.iterdir()} - {"data", "videos", "meta"}:
+            raise DatasetError(
+                f"{self.root}: expected an empty folder or a LeRobot v3 dataset, got other files; choose another root",
+                path=self.root,
+            )
+        episodes = metadata.read_episode_table(self.root)
+        self.episodes = sorted(episodes.values(), key=lambda e: e.index)
+        if self.episodes:  # a dataset without episodes binds nobody
+            self._join(files.read_json(info_path))
+        self._remove_orphans()
+
+    def _join(self, info: dict) -> None:
+        if not self.cameras_decided:
+            self.decide_cameras(any(k.startswith(layout.CAMERA) for k in info["features"]))
+        layout.check_same_features(info["features"], self.spec.features(), self.root)
+        if float(info["fps"]) != float(self.spec.fps):
+            raise ValueError(
+                f"fps: expected {info['fps']} as in the dataset in {self.root}, got {self.spec.fps}; use a new root"
+            )
+        self.tasks = metadata.read_tasks(self.root)
+
+    def _remove_orphans(self) -> None:
+        """Files of an episode whose writer died between the first rename and the last: always those of the next slot."""
+        slot = "chunk-{:03d}/file-{:03d}.*".format(*self.next_file())
+        for orphan in [*self.root.glob(f"data/{slot}"), *self.root.glob(f"videos/*/{slot}")]:
+            orphan.unlink()
+
+    def decide_cameras(self, present: bool) -> None:
+        """Settle whether frames carry camera poses."""
+        self.spec = replace(self.spec, cameras=present)
+        self.cameras_decided = True
+
+    # ---- the unfinished episode ----------------------------------------------------------------------------------
+
+    @property
+    def workspace(self) -> Path:
+        """Where the unfinished episode grows; on the same file system, so that a rename publishes it."""
+        return self.root / ".unfinished"
+
+    def clear_workspace(self) -> None:
+        shutil.rmtree(self.workspace, ignore_errors=True)
+
+    def next_meta(self, rows: EpisodeRows, success: bool | None, seed: int | None) -> EpisodeMeta:
+        """Where the unfinished episode will lie."""
+        last = self.episodes[-1] if self.episodes else None
+        start = last.to_index if last else 0
+        chunk, file = self.next_file()
+        return EpisodeMeta(
+            index=last.index + 1 if last else 0,
+            length=len(rows),
+            tasks=rows.tasks,
+            chunk_index=chunk,
+            file_index=file,
+            from_index=start,
+            to_index=start + len(rows),
+            videos={key: (chunk, file, 0.0, len(rows) / self.spec.fps) for key in self.spec.video_keys},
+            success=None if success is None else bool(success),
+            seed=None if seed is None else int(seed),
+        )
+
+    def next_file(self) -> tuple[int, int]:
+        """(chunk, file) after the last one that any episode uses."""
+        used = [(e.chunk_index, e.file_index) for e in self.episodes]
+        used += [v[:2] for e in self.episodes for v in e.videos.values()]
+        if not used:
+            return 0, 0
+        chunk, file = max(used)
+        return (chunk, file + 1) if file + 1 < layout.CHUNK_SIZE else (chunk + 1, 0)
+
+    def publish(self, rows: EpisodeRows, meta: EpisodeMeta, videos: dict[str, Path]) -> None:
+        """Make an episode visible: videos and data first, its row in ``meta/episodes`` last."""
+        tasks = self.tasks + [t for t in rows.tasks if t not in self.tasks]
+        table = rows.data_table(meta, tasks)
+        moves = [(path, meta.video_path(self.root, key)) for key, path in videos.items()]
+        for name, content, target in (
+            ("data.parquet", table, layout.DATA_PATH),
+            ("episode.parquet", rows.meta_table(meta, table), layout.EPISODES_PATH),
+        ):
+            moves.append((self._temporary(name, content), self.root / target.format(**meta.file)))
+        if tasks != self.tasks:
+            content = files.parquet_bytes(metadata.tasks_table(tasks))
+            files.write_atomically(self.root / layout.TASKS_PATH, content)
+        if not self.episodes:  # an episode is readable only beside an info.json with its features
+            self.write_info()
+        files.move_all(moves)
+        self.episodes.append(meta)
+        self.tasks = tasks
+
+    def _temporary(self, name: str, table: pa.Table) -> Path:
+        path = self.workspace / name
+        files.write_atomically(path, files.parquet_bytes(table))
+        return path
+
+    # ---- totals --------------------------------------------------------------------------------------------------
+
+    def write_info(self) -> None:
+        """Rewrite ``info.json`` with the current totals; keys that others added to it stay."""
+        frames = sum(e.length for e in self.episodes)
+        info = metadata.new_info(self.spec, episodes=len(self.episodes), frames=frames, tasks=len(self.tasks))
+        path = self.root / layout.INFO_PATH
+        if self.episodes and path.exists():
+            totals = {k: v for k, v in info.items() if k.startswith("total_") or k == "splits"}
+            info = {**files.read_json(path), **totals}
+        if self.spec.cameras:
+            convention = {**layout.CAMERA_CONVENTION, "views": list(self.spec.views)}
+            files.write_json(self.root / layout.CAMERAS_PATH, convention)
+        files.write_json(path, info)
+
+    def write_stats(self) -> None:
+        """Write ``stats.json`` over all episodes."""
+        if self.episodes:
+            files.write_json(self.root / layout.STATS_PATH, aggregate(read_stored_stats(self.root)))
