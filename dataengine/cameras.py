@@ -1,8 +1,8 @@
 """Calibrated pinhole cameras of one moment or of a whole episode.
 
-Convention, everywhere in the project: OpenCV axes (x right, y down, z forward), ``camera_to_world`` rigid and in metres,
-intrinsics in pixels with pixel centres at +0.5 (the centre of the top-left pixel is (0.5, 0.5)), so that resizing an image
-scales the intrinsics and nothing else.
+Convention, everywhere in the project: OpenCV axes (x right, y down, z forward), ``camera_to_world`` rigid
+and in metres, intrinsics in pixels with pixel centres at +0.5 (the centre of the top-left pixel is
+(0.5, 0.5)), so that resizing an image scales the intrinsics and nothing else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ Array = NDArray[np.float64]
 
 
 def check_rigid(matrix: NDArray[Any], argument: str) -> None:
-    """Raise ``ValueError`` unless every ``[..., 4, 4]`` matrix is a finite rigid transform (rotation with det +1)."""
+    """Raise ``ValueError`` unless every ``[..., 4, 4]`` matrix is finite and rigid (rotation det +1)."""
     matrix = np.asarray(matrix, dtype=np.float64)
     if not np.isfinite(matrix).all():
-        raise ValueError(f"{argument}: expected finite numbers, got NaN or infinity; check where the pose comes from")
+        raise ValueError(
+            f"{argument}: expected finite numbers, got NaN or infinity; check where the pose comes from"
+        )
     if not np.allclose(matrix[..., 3, :], (0.0, 0.0, 0.0, 1.0), atol=RIGID_TOLERANCE):
         row = matrix[..., 3, :].reshape(-1, 4)[0].tolist()
         raise ValueError(f"{argument}: expected a last row of 0 0 0 1, got {row}; is the matrix transposed?")
@@ -34,11 +36,13 @@ def check_rigid(matrix: NDArray[Any], argument: str) -> None:
     error = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max(initial=0.0)
     if error > RIGID_TOLERANCE:
         raise ValueError(
-            f"{argument}: expected an orthonormal rotation, got R R^T off by {error:.2g}; remove scale and shear"
+            f"{argument}: expected an orthonormal rotation, got R R^T off by {error:.2g}; remove scale and "
+            "shear"
         )
     if (np.linalg.det(rotation) < 0).any():
         raise ValueError(
-            f"{argument}: expected a right-handed rotation (det +1), got a left-handed one (det -1); flip one axis back"
+            f"{argument}: expected a right-handed rotation (det +1), got a left-handed one (det -1); flip "
+            "one axis back"
         )
 
 
@@ -52,7 +56,9 @@ def check_intrinsics(matrix: NDArray[Any], argument: str) -> None:
         first = matrix.reshape(-1, 3, 3)[0].tolist()
         raise ValueError(f"{argument}: expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels, got {first}")
     if (matrix[..., (0, 1), (0, 1)] <= 0).any():
-        raise ValueError(f"{argument}: expected positive focal lengths in pixels, got {matrix[..., 0, 0].min():.4g}")
+        raise ValueError(
+            f"{argument}: expected positive focal lengths in pixels, got {matrix[..., 0, 0].min():.4g}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +72,8 @@ class Cameras:
         width, height: image size in pixels, the same for all views.
 
     Raises:
-        ValueError: a shape, a non-finite number, a non-rigid or left-handed pose, a malformed intrinsic matrix.
+        ValueError: a shape, a non-finite number, a non-rigid or left-handed pose, a malformed intrinsic
+            matrix.
     """
 
     names: tuple[str, ...]
@@ -86,15 +93,22 @@ class Cameras:
     def _check_shapes(self) -> None:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"names: expected distinct view names, got {list(self.names)}")
-        for argument, array, side in (("intrinsics", self.intrinsics, 3), ("camera_to_world", self.camera_to_world, 4)):
+        for argument, array, side in (
+            ("intrinsics", self.intrinsics, 3),
+            ("camera_to_world", self.camera_to_world, 4),
+        ):
             tail = (len(self.names), side, side)
             if array.ndim not in (3, 4) or array.shape[-3:] != tail:
                 raise ValueError(
-                    f"{argument}: expected shape {list(tail)} or [T, {tail[0]}, {side}, {side}], got {list(array.shape)}"
+                    f"{argument}: expected shape {list(tail)} or [T, {tail[0]}, {side}, {side}], got "
+                    f"{list(array.shape)}"
                 )
-        if self.intrinsics.ndim == self.camera_to_world.ndim == 4 and len(self.intrinsics) != len(self.camera_to_world):
+        if self.intrinsics.ndim == self.camera_to_world.ndim == 4 and len(self.intrinsics) != len(
+            self.camera_to_world
+        ):
             raise ValueError(
-                f"intrinsics: expected {len(self.camera_to_world)} frames like camera_to_world, got {len(self.intrinsics)}"
+                f"intrinsics: expected {len(self.camera_to_world)} frames like camera_to_world, got "
+                f"{len(self.intrinsics)}"
             )
         if self.width < 1 or self.height < 1:
             raise ValueError(f"width, height: expected at least 1 pixel, got {self.width} x {self.height}")
@@ -127,11 +141,13 @@ class Cameras:
 
     def _position(self, name: str) -> int:
         if name not in self.names:
-            raise ValueError(f"names: expected views of these cameras, got {name!r}; {closest(name, self.names)}")
+            raise ValueError(
+                f"names: expected views of these cameras, got {name!r}; {closest(name, self.names)}"
+            )
         return self.names.index(name)
 
     def at(self, frame: int | slice) -> Cameras:
-        """The cameras of one frame (``[V, ...]``) or of a slice of frames; fixed cameras return themselves."""
+        """The cameras of one frame (``[V, ...]``) or of a slice of frames; fixed cameras stay as they are."""
         parts = {k: a[frame] if a.ndim == 4 else a for k, a in self._arrays().items()}
         return replace(self, **parts)
 
@@ -139,7 +155,7 @@ class Cameras:
         return {"intrinsics": self.intrinsics, "camera_to_world": self.camera_to_world}
 
     def scaled_to(self, width: int, height: int) -> Cameras:
-        """The same cameras for images resized to ``width x height`` (exact, because pixel centres lie at +0.5)."""
+        """The same cameras for images resized to ``width x height``; exact, as pixel centres lie at +0.5."""
         scale = np.array([[width / self.width], [height / self.height], [1.0]])
         return replace(self, intrinsics=self.intrinsics * scale, width=width, height=height)
 
@@ -150,8 +166,8 @@ class Cameras:
             points: ``[N, 3]`` metres in the world, seen by every camera.
 
         Returns:
-            pixels ``[(T,) V, N, 2]`` and depth along the optical axis ``[(T,) V, N]`` in metres. Points with depth <= 0 lie
-            behind the camera and their pixels mean nothing.
+            pixels ``[(T,) V, N, 2]`` and depth along the optical axis ``[(T,) V, N]`` in metres. Points with
+            depth <= 0 lie behind the camera and their pixels mean nothing.
         """
         points = np.asarray(points, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 3:
@@ -165,14 +181,16 @@ class Cameras:
         return pixels, depth
 
     def unproject(self, depth: NDArray[Any]) -> Array:
-        """Depth maps to world points: ``[(T,) V, height, width]`` metres along the axis -> ``[(T,) V, height, width, 3]``.
+        """Depth maps ``[(T,) V, height, width]``, metres along the axis, to world points ``[..., 3]``.
 
         The point of pixel (row, column) lies on the ray through its centre (column + 0.5, row + 0.5).
         """
         depth = np.asarray(depth, dtype=np.float64)
         tail = (len(self.names), self.height, self.width)
         if depth.shape[-3:] != tail:
-            raise ValueError(f"depth: expected [..., {tail[0]}, {tail[1]}, {tail[2]}] metres, got {list(depth.shape)}")
+            raise ValueError(
+                f"depth: expected [..., {tail[0]}, {tail[1]}, {tail[2]}] metres, got {list(depth.shape)}"
+            )
         column, row = np.arange(self.width) + 0.5, np.arange(self.height) + 0.5
         focal = self.intrinsics[..., (0, 1), (0, 1)][..., None, None, :]
         centre = self.intrinsics[..., :2, 2][..., None, None, :]

@@ -34,6 +34,18 @@ class DatasetWriteError(OSError):
         self.errno = errno
 
 
+def damaged(path: Path, episode: int, frame: int, reason: object) -> DatasetError:
+    """The error for a file of one episode that cannot be read from some frame on."""
+    text = " ".join(str(reason).split())
+    return DatasetError(
+        f"{path}: cannot read episode {episode} from frame {frame} on ({text}); restore this file from a copy or "
+        f"leave episode {episode} out, the others are readable",
+        path=path,
+        episode=episode,
+        frame=frame,
+    )
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """``"did you mean 'front'?"`` or, with nothing close, the list of known names."""
     names = [str(k) for k in known]

@@ -53,24 +53,29 @@ def record(
 ) -> RecordReport:
     """Play episodes with seeds ``seed, seed + 1, ...`` until the dataset holds ``episodes`` of them.
 
-    Row t of an episode holds observation t and the action taken there. The last observation gets a row too; its action,
-    which is never executed, repeats the last one (zeros where no step was taken), so an episode of N steps has N + 1 rows.
+    Row t of an episode holds observation t and the action taken there. The last observation gets a row too;
+    its action, which is never executed, repeats the last one (zeros where no step was taken), so an episode
+    of N steps has N + 1 rows.
 
-    Recording resumes: episodes of earlier runs with a seed in the same range count, and playing goes on after the largest of
-    their seeds. The same seeds give the same dataset whether or not it was interrupted (for a deterministic env and policy).
+    Recording resumes: episodes of earlier runs with a seed in the same range count, and playing goes on after
+    the largest of their seeds. The same seeds give the same dataset whether or not it was interrupted (for a
+    deterministic env and policy).
 
     Args:
-        env: a Gymnasium environment. Observations are either ``{"images": {view: uint8}, "state": [S]}`` with optional
-            ``"depth"`` and ``"segmentation"`` per view, or an array, which is the state, while ``env.render()`` (made with
-            ``render_mode="rgb_array"``) is the view ``"render"``. Used from ``info`` where present: ``task``, ``is_success``,
-            ``cameras``, ``privileged`` (and any other name that the writer lists in ``extra``).
-        policy: an object with ``act(obs, info)`` and optionally ``reset(seed)``, or a function of ``(obs, info)``. It returns
-            the action, or ``(executed, clean)`` where ``clean`` is the label without exploration noise; it is stored in the
-            extra column ``action.clean`` when the writer has one (without a clean label, the action is stored there).
+        env: a Gymnasium environment. Observations are either ``{"images": {view: uint8}, "state": [S]}`` with
+            optional ``"depth"`` and ``"segmentation"`` per view, or an array, which is the state, while
+            ``env.render()`` (made with ``render_mode="rgb_array"``) is the view ``"render"``. Used from
+            ``info`` where present: ``task``, ``is_success``, ``cameras``, ``privileged`` (and any other name
+            that the writer lists in ``extra``).
+        policy: an object with ``act(obs, info)`` and optionally ``reset(seed)``, or a function of ``(obs,
+            info)``. It returns the action, or ``(executed, clean)`` where ``clean`` is the label without
+            exploration noise; it is stored in the extra column ``action.clean`` when the writer has one
+            (without a clean label, the action is stored there).
         writer: open writer with the environment's features, see :func:`writer_arguments`.
         episodes: how many kept episodes the dataset shall hold for this seed range.
         seed: the first seed.
-        keep: ``"success"`` drops episodes whose final ``info["is_success"]`` is false, ``"all"`` keeps everything.
+        keep: ``"success"`` drops episodes whose final ``info["is_success"]`` is false, ``"all"`` keeps
+            everything.
         max_steps: end an episode after this many steps; needed only for environments that never end.
         max_tries: give up after this many seeds; default 10 per episode.
         progress: show a bar on a terminal.
@@ -88,7 +93,9 @@ def record(
     kept = tried = frames = 0
     begin, next_seed = time.perf_counter(), max(done, default=seed - 1) + 1
     visible = progress and sys.stderr.isatty()
-    with tqdm(total=episodes, initial=min(len(done), episodes), unit="episode", desc="record", disable=not visible) as bar:
+    with tqdm(
+        total=episodes, initial=min(len(done), episodes), unit="episode", desc="record", disable=not visible
+    ) as bar:
         while len(done) + kept < episodes and next_seed < seed + tries:
             length = _play(env, policy, writer, next_seed, keep, max_steps)
             tried, kept, frames = tried + 1, kept + (length > 0), frames + length
@@ -97,8 +104,9 @@ def record(
             bar.set_postfix(tried=tried)
     if len(done) + kept < episodes:
         raise DatasetError(
-            f"record: expected {episodes} episodes from seeds {seed} to {seed + tries - 1}, got {len(done) + kept}; they are "
-            "kept in the dataset; use a better policy, keep='all' or more max_tries",
+            f"record: expected {episodes} episodes from seeds {seed} to {seed + tries - 1}, got "
+            f"{len(done) + kept}; they are kept in the dataset; use a better policy, keep='all' or more "
+            "max_tries",
             path=writer.root,
         )
     return RecordReport(kept, tried, frames, time.perf_counter() - begin)
@@ -115,7 +123,8 @@ def _play(env: Any, policy: Any, writer: EpisodeWriter, seed: int, keep: str, ma
     if success is None and keep == "success":
         writer.discard_episode()
         raise ValueError(
-            f"env: expected info['is_success'] to tell successful episodes, got the keys {sorted(info)}; pass keep='all'"
+            f"env: expected info['is_success'] to tell successful episodes, got the keys {sorted(info)}; "
+            "pass keep='all'"
         )
     if keep == "success" and not success:
         writer.discard_episode()
@@ -125,7 +134,9 @@ def _play(env: Any, policy: Any, writer: EpisodeWriter, seed: int, keep: str, ma
     return length
 
 
-def _run_episode(env: Any, policy: Any, writer: EpisodeWriter, seed: int, max_steps: int | None) -> dict[str, Any]:
+def _run_episode(
+    env: Any, policy: Any, writer: EpisodeWriter, seed: int, max_steps: int | None
+) -> dict[str, Any]:
     obs, info = env.reset(seed=seed)
     if hasattr(policy, "reset"):
         _reset(policy.reset, seed)
@@ -133,11 +144,10 @@ def _run_episode(env: Any, policy: Any, writer: EpisodeWriter, seed: int, max_st
     zeros = np.zeros(writer.spec.action_dim, np.float32)
     executed, clean, done, steps = zeros, zeros, False, 0
     while not done and (max_steps is None or steps < max_steps):
-        seen, seen_info = _observe(env, obs), info
         chosen, clean = _split(act(obs, info))
         executed = _as_vector(chosen)
         # the environment may overwrite its buffers in step(), so the row is written first
-        _add(writer, env, seen, executed, _as_vector(clean), seen_info)
+        _add(writer, env, _observe(env, obs), executed, _as_vector(clean), info)
         obs, _, terminated, truncated, info = env.step(chosen)
         done, steps = bool(terminated or truncated), steps + 1
     _add(writer, env, _observe(env, obs), executed, _as_vector(clean), info)
@@ -167,18 +177,29 @@ def _as_vector(action: Any) -> NDArray[np.float32]:
 def _observe(env: Any, obs: Any) -> _Observation:
     if isinstance(obs, Mapping):
         if "images" not in obs or "state" not in obs:
-            raise ValueError(f"env: expected observations with 'images' and 'state', got the keys {sorted(obs)}; add an adapter")
-        return _Observation(dict(obs["images"]), _as_vector(obs["state"]), obs.get("depth"), obs.get("segmentation"))
+            raise ValueError(
+                f"env: expected observations with 'images' and 'state', got the keys {sorted(obs)}; add an "
+                "adapter"
+            )
+        return _Observation(
+            dict(obs["images"]), _as_vector(obs["state"]), obs.get("depth"), obs.get("segmentation")
+        )
     image = env.render()
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"env: expected an image from render(), got {type(image).__name__}; make the environment with render_mode='rgb_array'"
+            f"env: expected an image from render(), got {type(image).__name__}; make the environment with "
+            "render_mode='rgb_array'"
         )
     return _Observation({RENDER_VIEW: image}, _as_vector(obs), None, None)
 
 
 def _add(
-    writer: EpisodeWriter, env: Any, seen: _Observation, action: NDArray[np.float32], clean: NDArray[np.float32], info: Mapping[str, Any]
+    writer: EpisodeWriter,
+    env: Any,
+    seen: _Observation,
+    action: NDArray[np.float32],
+    clean: NDArray[np.float32],
+    info: Mapping[str, Any],
 ) -> None:
     spec = writer.spec
     extra = {name: info[name] for name in spec.extra if name in info}
@@ -212,7 +233,8 @@ def _task(env: Any, info: Mapping[str, Any]) -> str:
 def writer_arguments(env: Any, *, seed: int = 0, clean_action: bool = True) -> dict[str, Any]:
     """Keyword arguments of :class:`EpisodeWriter` for an environment, read off one ``reset``.
 
-    ``fps`` is ``env.metadata["render_fps"]`` (10 where absent). ``info["privileged"]`` becomes an extra vector.
+    ``fps`` is ``env.metadata["render_fps"]`` (10 where absent). ``info["privileged"]`` becomes an extra
+    vector.
 
     Raises:
         ValueError: observations that :func:`record` cannot store.
@@ -226,8 +248,13 @@ def writer_arguments(env: Any, *, seed: int = 0, clean_action: bool = True) -> d
         extra["privileged"] = int(np.size(info["privileged"]))
     first = next(iter(seen.images.values()))
     return {
-        "fps": (getattr(env, "metadata", None) or {}).get("render_fps", 10), "views": tuple(seen.images),
-        "image_size": tuple(first.shape[:2]), "state_dim": seen.state.size, "action_dim": action_dim,
-        "depth": seen.depth is not None, "segmentation": seen.segmentation is not None,
-        "cameras": info.get("cameras") is not None, "extra": extra,
-    }  # fmt: skip
+        "fps": (getattr(env, "metadata", None) or {}).get("render_fps", 10),
+        "views": tuple(seen.images),
+        "image_size": tuple(first.shape[:2]),
+        "state_dim": seen.state.size,
+        "action_dim": action_dim,
+        "depth": seen.depth is not None,
+        "segmentation": seen.segmentation is not None,
+        "cameras": info.get("cameras") is not None,
+        "extra": extra,
+    }

@@ -40,10 +40,13 @@ def _row_problems(dataset: EpisodeDataset, meta: EpisodeMeta) -> list[str]:
         found.append(f"{name}, frame {wrong[0]}: expected frame_index {wrong[0]}, got {got}; record it again")
     if meta.to_index - meta.from_index != meta.length:
         found.append(
-            f"{name}: expected {meta.length} frames between its indices, got {meta.from_index} to {meta.to_index}; record it again"
+            f"{name}: expected {meta.length} frames between its indices, got {meta.from_index} to "
+            f"{meta.to_index}; record it again"
         )
     if (np.diff(table["timestamp"].to_numpy()) <= 0).any():
-        found.append(f"{name}: expected rising timestamps, got times that stand still or go back; record it again")
+        found.append(
+            f"{name}: expected rising timestamps, got times that stand still or go back; record it again"
+        )
     return found
 
 
@@ -56,5 +59,8 @@ def _spare_frames(dataset: EpisodeDataset, meta: EpisodeMeta, owners: Counter) -
         path = meta.video_path(dataset.root, key, dataset.info.get("video_path", layout.VIDEO_PATH))
         count = count_frames(path)
         if count != meta.length:
-            found.append(f"{path}: expected {meta.length} frames of episode {meta.index}, got {count}; restore this file from a copy")
+            found.append(
+                f"{path}: expected {meta.length} frames of episode {meta.index}, got {count}; restore this "
+                "file from a copy"
+            )
     return found

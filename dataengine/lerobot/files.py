@@ -23,9 +23,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DatasetError(f"{path}: expected this file in a LeRobot v3 dataset, found none; is the root right?", path=path) from None
+        raise DatasetError(
+            f"{path}: expected this file in a LeRobot v3 dataset, found none; is the root right?", path=path
+        ) from None
     except (OSError, ValueError) as cause:
-        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
+        raise DatasetError(
+            f"{path}: cannot be read ({cause}); restore this file from a copy", path=path
+        ) from cause
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -51,14 +55,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as parquet, built in memory so that the write itself goes through one checked file."""
     sink = pa.BufferOutputStream()
-    # a file of one row (meta/episodes) is all overhead: dictionaries, statistics and a second schema quadruple it
+    # a file of one row (meta/episodes) is all overhead, and these three options are most of it
     many = table.num_rows > 1
     pq.write_table(table, sink, use_dictionary=many, write_statistics=many, store_schema=many)
     return sink.getvalue().to_pybytes()
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:
-    """Rename in order, the meta file last; on failure take back what was moved, so that no file stays that nobody owns."""
+    """Rename in order; on failure take back what was moved, so that no file stays that nobody owns."""
     done: list[Path] = []
     try:
         for source, target in moves:
@@ -85,7 +89,8 @@ class FolderLock:
         except BlockingIOError:
             os.close(handle)
             raise DatasetError(
-                f"{root}: expected one writer at a time, but another one has this dataset open; wait or use another root",
+                f"{root}: expected one writer at a time, but another one has this dataset open; wait or use "
+                "another root",
                 path=root,
             ) from None
         self._handle = handle

@@ -1,4 +1,4 @@
-"""The dataset folder as a writer sees it: what is in it, where the next episode goes, and how it becomes visible."""
+"""The dataset folder as a writer sees it: what is in it, and how the next episode becomes visible."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class DatasetFolder:
     Args:
         root: created when missing; a dataset in it must have the same features.
         spec: features of every frame.
-        cameras_decided: False lets an existing dataset, or else the first frame, say whether there are camera poses.
+        cameras_decided: False lets an existing dataset, or else the first frame, say whether there are camera
+            poses.
 
     Raises:
-        ValueError, DatasetError, OSError: as :class:`dataengine.episodes.EpisodeWriter` says; the lock is released then.
+        ValueError, DatasetError, OSError: as :class:`dataengine.episodes.EpisodeWriter` says; the lock is
+            released then.
     """
 
     def __init__(self, root: Path, spec: DatasetSpec, *, cameras_decided: bool):
@@ -45,7 +47,8 @@ class DatasetFolder:
         info_path = self.root / layout.INFO_PATH
         if not info_path.exists() and {p.name for p in self.root.iterdir()} - {"data", "videos", "meta"}:
             raise DatasetError(
-                f"{self.root}: expected an empty folder or a LeRobot v3 dataset, got other files; choose another root",
+                f"{self.root}: expected an empty folder or a LeRobot v3 dataset, got other files; choose "
+                "another root",
                 path=self.root,
             )
         episodes = metadata.read_episode_table(self.root)
@@ -60,12 +63,13 @@ class DatasetFolder:
         layout.check_same_features(info["features"], self.spec.features(), self.root)
         if float(info["fps"]) != float(self.spec.fps):
             raise ValueError(
-                f"fps: expected {info['fps']} as in the dataset in {self.root}, got {self.spec.fps}; use a new root"
+                f"fps: expected {info['fps']} as in the dataset in {self.root}, got {self.spec.fps}; use a "
+                "new root"
             )
         self.tasks = metadata.read_tasks(self.root)
 
     def _remove_orphans(self) -> None:
-        """Files of an episode whose writer died between the first rename and the last: always those of the next slot."""
+        """Remove what a writer left that died between its first rename and its last: the next slot."""
         slot = "chunk-{:03d}/file-{:03d}.*".format(*self.next_file())
         for orphan in [*self.root.glob(f"data/{slot}"), *self.root.glob(f"videos/*/{slot}")]:
             orphan.unlink()
@@ -74,8 +78,6 @@ class DatasetFolder:
         """Settle whether frames carry camera poses."""
         self.spec = replace(self.spec, cameras=present)
         self.cameras_decided = True
-
-    # ---- the unfinished episode ----------------------------------------------------------------------------------
 
     @property
     def workspace(self) -> Path:
@@ -135,8 +137,6 @@ class DatasetFolder:
         path = self.workspace / name
         files.write_atomically(path, files.parquet_bytes(table))
         return path
-
-    # ---- totals --------------------------------------------------------------------------------------------------
 
     def write_info(self) -> None:
         """Rewrite ``info.json`` with the current totals; keys that others added to it stay."""

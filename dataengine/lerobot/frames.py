@@ -21,7 +21,7 @@ from dataengine.lerobot.stats import PictureStats, vector_stats
 
 @dataclass(frozen=True)
 class Frame:
-    """A checked frame: pictures for the video files, values for the parquet row, the instruction, the time in seconds."""
+    """A checked frame: pictures for video files, values for the parquet row, instruction, time in seconds."""
 
     pictures: dict[str, NDArray[Any]]
     row: dict[str, Any]
@@ -47,7 +47,9 @@ def check_frame(
 ) -> Frame:
     """Validate every argument of ``EpisodeWriter.add_frame``; raises ``ValueError`` with one sentence."""
     if not isinstance(task, str) or not task.strip():
-        raise ValueError(f"task: expected the instruction as text, got {task!r}; pass a sentence such as 'lift the cube'")
+        raise ValueError(
+            f"task: expected the instruction as text, got {task!r}; pass a sentence such as 'lift the cube'"
+        )
     pictures = {layout.IMAGES + v: _image(v, i, spec) for v, i in _per_view("images", images, spec).items()}
     row: dict[str, Any] = {
         layout.STATE: _vector("state", state, spec.state_dim),
@@ -71,17 +73,28 @@ def _per_view(argument: str, values: Mapping[str, Any], spec: DatasetSpec) -> Ma
             raise ValueError(f"{argument}: unknown view {name!r}; {closest(name, spec.views)}")
     missing = [v for v in spec.views if v not in values]
     if missing:
-        raise ValueError(f"{argument}: expected the views {list(spec.views)}, missing {missing}; pass all views of the writer")
+        raise ValueError(
+            f"{argument}: expected the views {list(spec.views)}, missing {missing}; pass all views of the "
+            "writer"
+        )
     return {view: values[view] for view in spec.views}
 
 
-def _optional(argument: str, values: Mapping[str, Any] | None, wanted: bool, spec: DatasetSpec) -> Mapping[str, Any]:
+def _optional(
+    argument: str, values: Mapping[str, Any] | None, wanted: bool, spec: DatasetSpec
+) -> Mapping[str, Any]:
     if values is None and not wanted:
         return {}
     if values is None:
-        raise ValueError(f"{argument}: expected one array per view, got None; pass them or open the writer with {argument}=False")
+        raise ValueError(
+            f"{argument}: expected one array per view, got None; pass them or open the writer with "
+            f"{argument}=False"
+        )
     if not wanted:
-        raise ValueError(f"{argument}: expected None, because the writer was opened with {argument}=False; open it with {argument}=True")
+        raise ValueError(
+            f"{argument}: expected None, because the writer was opened with {argument}=False; open it with "
+            f"{argument}=True"
+        )
     return _per_view(argument, values, spec)
 
 
@@ -90,7 +103,8 @@ def _image(view: str, value: Any, spec: DatasetSpec) -> NDArray[np.uint8]:
     expected = (*spec.image_size, 3)
     if image.dtype != np.uint8 or image.shape != expected:
         raise ValueError(
-            f"images[{view!r}]: expected uint8 {list(expected)} (height, width, channel), got {shape_of(image)}; "
+            f"images[{view!r}]: expected uint8 {list(expected)} (height, width, channel), got "
+            f"{shape_of(image)}; "
             "convert or resize it"
         )
     return image
@@ -100,12 +114,14 @@ def _depth(view: str, value: Any, spec: DatasetSpec) -> NDArray[Any]:
     depth = np.asarray(value)
     if not np.issubdtype(depth.dtype, np.floating) or depth.shape != spec.image_size:
         raise ValueError(
-            f"depth[{view!r}]: expected float {list(spec.image_size)} in metres, got {shape_of(depth)}; convert or resize it"
+            f"depth[{view!r}]: expected float {list(spec.image_size)} in metres, got {shape_of(depth)}; "
+            "convert or resize it"
         )
     lowest = depth.min()
     if not lowest >= spec.depth_codec.near:  # also catches NaN
         raise ValueError(
-            f"depth[{view!r}]: expected metres of at least {spec.depth_codec.near} (depth_range), got {lowest:.4g}; "
+            f"depth[{view!r}]: expected metres of at least {spec.depth_codec.near} (depth_range), got "
+            f"{lowest:.4g}; "
             "open the writer with a smaller near end or fill missing depth"
         )
     return depth
@@ -115,11 +131,13 @@ def _segmentation(view: str, value: Any, spec: DatasetSpec) -> dict[str, Any]:
     ids = np.asarray(value)
     if not np.issubdtype(ids.dtype, np.integer) or ids.shape != spec.image_size:
         raise ValueError(
-            f"segmentation[{view!r}]: expected integers {list(spec.image_size)}, got {shape_of(ids)}; convert or resize it"
+            f"segmentation[{view!r}]: expected integers {list(spec.image_size)}, got {shape_of(ids)}; "
+            "convert or resize it"
         )
     if ids.min() < -1 or ids.max() >= NO_ID:
         raise ValueError(
-            f"segmentation[{view!r}]: expected ids from -1 (nothing) to {NO_ID - 1}, got {ids.min()} to {ids.max()}; renumber them"
+            f"segmentation[{view!r}]: expected ids from -1 (nothing) to {NO_ID - 1}, got {ids.min()} to "
+            f"{ids.max()}; renumber them"
         )
     return {"bytes": encode_ids(ids), "path": None}
 
@@ -128,14 +146,21 @@ def _vector(argument: str, value: Any, size: int) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         vector = np.asarray(value, dtype=np.float32)
     if vector.shape != (size,):
-        raise ValueError(f"{argument}: expected {size} numbers, got {shape_of(value)}; pass a vector of that length")
+        raise ValueError(
+            f"{argument}: expected {size} numbers, got {shape_of(value)}; pass a vector of that length"
+        )
     if not np.isfinite(vector).all():
         bad = int(np.flatnonzero(~np.isfinite(vector))[0])
-        raise ValueError(f"{argument}: expected finite float32 numbers, got {vector[bad]} at position {bad}; fix the source")
+        raise ValueError(
+            f"{argument}: expected finite float32 numbers, got {vector[bad]} at position {bad}; fix the "
+            "source"
+        )
     return vector.copy()
 
 
-def _camera_columns(cameras: Mapping[str, Mapping[str, Any]] | Cameras | None, spec: DatasetSpec) -> dict[str, Any]:
+def _camera_columns(
+    cameras: Mapping[str, Mapping[str, Any]] | Cameras | None, spec: DatasetSpec
+) -> dict[str, Any]:
     if isinstance(cameras, Cameras):
         cameras = _as_mapping(cameras)
     columns = {}
@@ -151,17 +176,24 @@ def _camera_columns(cameras: Mapping[str, Mapping[str, Any]] | Cameras | None, s
 
 def _as_mapping(cameras: Cameras) -> dict[str, dict[str, Any]]:
     if cameras.frames is not None:
-        raise ValueError(f"cameras: expected the cameras of one frame, got {cameras.frames} frames; pass cameras.at(t)")
+        raise ValueError(
+            f"cameras: expected the cameras of one frame, got {cameras.frames} frames; pass cameras.at(t)"
+        )
     pairs = zip(cameras.names, cameras.intrinsics, cameras.camera_to_world, strict=True)
     return {name: {"intrinsics": k, "camera_to_world": pose} for name, k, pose in pairs}
 
 
 def _matrix(argument: str, camera: Mapping[str, Any], key: str, side: int) -> NDArray[np.float32]:
     if not isinstance(camera, Mapping) or key not in camera:
-        raise ValueError(f"{argument}: expected the keys 'intrinsics' and 'camera_to_world', missing {key!r}; add it")
+        raise ValueError(
+            f"{argument}: expected the keys 'intrinsics' and 'camera_to_world', missing {key!r}; add it"
+        )
     matrix = np.asarray(camera[key], dtype=np.float32)
     if matrix.shape != (side, side):
-        raise ValueError(f"{argument}[{key!r}]: expected [{side}, {side}], got {list(matrix.shape)}; pass one matrix per view")
+        raise ValueError(
+            f"{argument}[{key!r}]: expected [{side}, {side}], got {list(matrix.shape)}; pass one matrix per "
+            "view"
+        )
     return matrix.copy()
 
 
@@ -176,11 +208,17 @@ def _extra_columns(extra: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any
 
 
 def _provenance_columns(provenance: str | Mapping[str, str], spec: DatasetSpec) -> dict[str, int]:
-    words = dict.fromkeys(spec.views, provenance) if isinstance(provenance, str) else _per_view("provenance", provenance, spec)
+    words = (
+        dict.fromkeys(spec.views, provenance)
+        if isinstance(provenance, str)
+        else _per_view("provenance", provenance, spec)
+    )
     for word in words.values():
         if word not in layout.PROVENANCE_LEGEND:
             known = list(layout.PROVENANCE_LEGEND)
-            raise ValueError(f"provenance: expected one of {known}, got {word!r}; {closest(str(word), known)}")
+            raise ValueError(
+                f"provenance: expected one of {known}, got {word!r}; {closest(str(word), known)}"
+            )
     return {layout.PROVENANCE + view: layout.PROVENANCE_LEGEND.index(word) for view, word in words.items()}
 
 
@@ -190,11 +228,15 @@ def _timestamp(value: float | None, last: float | None, index: int, fps: float) 
         return grid
     if not abs(value - grid) < 1 / fps:  # also catches NaN
         raise ValueError(
-            f"timestamp: expected within {1 / fps:.4g} s of frame {index} / {fps:g} fps = {grid:.4g} s, got {value}; "
+            f"timestamp: expected within {1 / fps:.4g} s of frame {index} / {fps:g} fps = {grid:.4g} s, got "
+            f"{value}; "
             "resample to a steady rate or leave it out"
         )
     if last is not None and value <= last:
-        raise ValueError(f"timestamp: expected later than the frame before ({last:.6g} s), got {value:.6g} s; keep frames in order")
+        raise ValueError(
+            f"timestamp: expected later than the frame before ({last:.6g} s), got {value:.6g} s; keep frames "
+            "in order"
+        )
     return float(value)
 
 
@@ -231,11 +273,13 @@ class EpisodeRows:
         """The rows as an Arrow table with LeRobot's index columns."""
         count = np.arange(len(self))
         index = {
-            "timestamp": np.array(self.timestamps, np.float32), "frame_index": count,
-            "episode_index": np.full(len(self), meta.index), "index": meta.from_index + count,
+            "timestamp": np.array(self.timestamps, np.float32),
+            "frame_index": count,
+            "episode_index": np.full(len(self), meta.index),
+            "index": meta.from_index + count,
             "task_index": np.array([tasks.index(t) for t in self.frame_tasks]),
             layout.SUCCESS: (count == len(self) - 1) & bool(meta.success),
-        }  # fmt: skip
+        }
         schema = layout.arrow_schema(self.spec.features())
         return pa.table([self._column(f, index) for f in schema], schema=schema)
 

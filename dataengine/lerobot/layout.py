@@ -1,8 +1,8 @@
 """The LeRobot v3.0 layout: file names, feature descriptions, Arrow columns and the small metadata files.
 
-Source: the published format of LeRobot datasets, codebase version v3.0 (info.json, tasks.parquet, episodes parquet).
-Extensions, all of which other readers may ignore: camera poses per frame, depth and segmentation, provenance per view and
-frame, success and seed per episode.
+Source: the published format of LeRobot datasets, codebase version v3.0 (info.json, tasks.parquet, episodes
+parquet). Extensions, all of which other readers may ignore: camera poses per frame, depth and segmentation,
+provenance per view and frame, success and seed per episode.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ CHUNK_SIZE = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-INFO_PATH, STATS_PATH, TASKS_PATH, CAMERAS_PATH = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/cameras.json"
+INFO_PATH, STATS_PATH, TASKS_PATH, CAMERAS_PATH = (
+    "meta/info.json",
+    "meta/stats.json",
+    "meta/tasks.parquet",
+    "meta/cameras.json",
+)
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
-DEPTH, SEGMENTATION, CAMERA, PROVENANCE = "observation.depth.", "observation.segmentation.", "observation.camera.", "provenance."
+DEPTH, SEGMENTATION, CAMERA, PROVENANCE = (
+    "observation.depth.",
+    "observation.segmentation.",
+    "observation.camera.",
+    "provenance.",
+)
 SUCCESS = "next.success"
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 PROVENANCE_LEGEND = ("observed", "rendered", "generated")
-"""Where an image comes from: a camera (real or simulated), a render of a reconstruction, a generative model."""
+"""Where an image comes from: a (real or simulated) camera, a reconstruction, a generative model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +72,8 @@ class DatasetSpec:
     cameras: bool = False
     extra: dict[str, int] = field(default_factory=dict)
     robot_type: str = "unknown"
-    video: VideoCodec = VideoCodec()
-    depth_codec: DepthCodec = DepthCodec()
+    video: VideoCodec = field(default_factory=VideoCodec)
+    depth_codec: DepthCodec = field(default_factory=DepthCodec)
 
     def __post_init__(self) -> None:
         if not 0 < self.fps < 1e4:
@@ -71,7 +81,9 @@ class DatasetSpec:
         if not self.views or len(set(self.views)) != len(self.views):
             raise ValueError(f"views: expected at least one name and no name twice, got {list(self.views)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size: expected (height, width) of at least 1 pixel, got {self.image_size}")
+            raise ValueError(
+                f"image_size: expected (height, width) of at least 1 pixel, got {self.image_size}"
+            )
         for name, size in {"state_dim": self.state_dim, "action_dim": self.action_dim, **self.extra}.items():
             if size < 1:
                 raise ValueError(f"{name}: expected a length of at least 1, got {size}")
@@ -81,7 +93,9 @@ class DatasetSpec:
     def _check_names(self) -> None:
         for name in (*self.views, *self.extra):
             if not name or "/" in name:
-                raise ValueError(f"views, extra: expected names without '/', got {name!r}; LeRobot uses '/' in its columns")
+                raise ValueError(
+                    f"views, extra: expected names without '/', got {name!r}; LeRobot uses '/' in its columns"
+                )
         fixed = self._fixed_features()
         for name in self.extra:
             if name in fixed:
@@ -93,11 +107,18 @@ class DatasetSpec:
         keys = [IMAGES + v for v in self.views]
         return tuple(keys + [DEPTH + v for v in self.views]) if self.depth else tuple(keys)
 
+    @property
+    def whole_fps(self) -> float:
+        """``fps`` as LeRobot writes it: an integer where it is one."""
+        return int(self.fps) if self.fps == int(self.fps) else self.fps
+
     def features(self) -> dict[str, dict[str, Any]]:
         """The ``features`` object of ``info.json``."""
         extra = {name: _vector(size) for name, size in self.extra.items()}
-        index = {name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1], "names": None}
-                 for name in INDEX_COLUMNS}  # fmt: skip
+        index = {
+            name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1], "names": None}
+            for name in INDEX_COLUMNS
+        }
         return {**self._fixed_features(), **extra, **index}
 
     def _fixed_features(self) -> dict[str, dict[str, Any]]:
@@ -107,7 +128,11 @@ class DatasetSpec:
             if self.depth:
                 out[DEPTH + view] = self._video_feature(1, self.depth_codec.to_info(), depth=True)
             if self.segmentation:
-                out[SEGMENTATION + view] = {"dtype": "image", "shape": [*self.image_size, 1], "names": ["height", "width", "channels"]}
+                out[SEGMENTATION + view] = {
+                    "dtype": "image",
+                    "shape": [*self.image_size, 1],
+                    "names": ["height", "width", "channels"],
+                }
             if self.cameras:
                 out[f"{CAMERA}{view}.extrinsics"] = _vector(16)
                 out[f"{CAMERA}{view}.intrinsics"] = _vector(9)
@@ -117,9 +142,22 @@ class DatasetSpec:
 
     def _video_feature(self, channels: int, codec: dict[str, Any], *, depth: bool) -> dict[str, Any]:
         height, width = self.image_size
-        info = {"video.height": height, "video.width": width, "video.channels": channels, "video.fps": self.fps, **codec,
-                "video.is_depth_map": depth, "is_depth_map": depth, "has_audio": False}  # fmt: skip
-        return {"dtype": "video", "shape": [height, width, channels], "names": ["height", "width", "channels"], "info": info}
+        info = {
+            "video.height": height,
+            "video.width": width,
+            "video.channels": channels,
+            "video.fps": self.whole_fps,
+            **codec,
+            "video.is_depth_map": depth,
+            "is_depth_map": depth,
+            "has_audio": False,
+        }
+        return {
+            "dtype": "video",
+            "shape": [height, width, channels],
+            "names": ["height", "width", "channels"],
+            "info": info,
+        }
 
 
 def _vector(size: int) -> dict[str, Any]:
@@ -127,7 +165,7 @@ def _vector(size: int) -> dict[str, Any]:
 
 
 def arrow_schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
-    """Arrow columns of a data file: vectors as fixed-size lists, images as (bytes, path) structs, videos left out."""
+    """Arrow columns of a data file: vectors are fixed-size lists, images (bytes, path), videos absent."""
     columns = {k: _arrow_type(f) for k, f in features.items() if f["dtype"] != "video"}
     return pa.schema(list(columns.items()))
 
@@ -155,11 +193,14 @@ def check_same_features(stored: dict[str, Any], wanted: dict[str, Any], root: Pa
         if key not in stored or key not in wanted:
             side = "the dataset lacks it" if key in wanted else "the writer was not asked for it"
             other = closest(key, stored if key in wanted else wanted)
-            raise ValueError(f"{key}: expected the features of the dataset in {root}, but {side} ({other}); use a new root")
+            raise ValueError(
+                f"{key}: expected the features of the dataset in {root}, but {side} ({other}); use a new root"
+            )
         for part in ("dtype", "shape"):
             if _plain(stored[key][part]) != _plain(wanted[key][part]):
                 raise ValueError(
-                    f"{key}: expected {part} {stored[key][part]} as in the dataset in {root}, got {wanted[key][part]}; "
+                    f"{key}: expected {part} {stored[key][part]} as in the dataset in {root}, got "
+                    f"{wanted[key][part]}; "
                     "use a new root or the same sizes"
                 )
 

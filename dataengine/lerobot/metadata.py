@@ -26,7 +26,7 @@ def new_info(spec: DatasetSpec, *, episodes: int, frames: int, tasks: int) -> di
         "chunks_size": layout.CHUNK_SIZE,
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 200,
-        "fps": spec.fps,
+        "fps": spec.whole_fps,
         "splits": {"train": f"0:{episodes}"},
         "data_path": layout.DATA_PATH,
         "video_path": layout.VIDEO_PATH,
@@ -36,20 +36,41 @@ def new_info(spec: DatasetSpec, *, episodes: int, frames: int, tasks: int) -> di
 
 
 def tasks_table(tasks: list[str]) -> pa.Table:
-    """``tasks.parquet`` with the metadata that makes pandas read column ``task`` as the index (pandas is not needed)."""
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    """``tasks.parquet`` with the metadata that makes pandas (not needed here) read ``task`` as the index."""
+    table = pa.table(
+        {"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())}
+    )
     column = {"metadata": None}
     pandas = {
         "index_columns": ["task"],
-        "column_indexes": [{"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object",
-                            "metadata": {"encoding": "UTF-8"}}],
+        "column_indexes": [
+            {
+                "name": None,
+                "field_name": None,
+                "pandas_type": "unicode",
+                "numpy_type": "object",
+                "metadata": {"encoding": "UTF-8"},
+            }
+        ],
         "columns": [
-            {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64", **column},
-            {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", **column},
+            {
+                "name": "task_index",
+                "field_name": "task_index",
+                "pandas_type": "int64",
+                "numpy_type": "int64",
+                **column,
+            },
+            {
+                "name": "task",
+                "field_name": "task",
+                "pandas_type": "unicode",
+                "numpy_type": "object",
+                **column,
+            },
         ],
         "creator": {"library": "pyarrow", "version": pa.__version__},
         "pandas_version": "2.2.0",
-    }  # fmt: skip
+    }
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
@@ -61,7 +82,9 @@ def read_tasks(root: Path) -> list[str]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as cause:
-        raise DatasetError(f"{path}: cannot be read ({cause}); restore this file from a copy", path=path) from cause
+        raise DatasetError(
+            f"{path}: cannot be read ({cause}); restore this file from a copy", path=path
+        ) from cause
     text = [n for n in table.column_names if pa.types.is_string(table.schema.field(n).type) or n == "task"]
     pairs = zip(table["task_index"].to_pylist(), table[text[0]].to_pylist(), strict=True)
     return [task for _, task in sorted(pairs)]
@@ -103,36 +126,58 @@ class EpisodeMeta:
     def to_row(self) -> dict[str, Any]:
         """LeRobot's columns."""
         row: dict[str, Any] = {
-            "episode_index": self.index, "tasks": list(self.tasks), "length": self.length,
-            "data/chunk_index": self.chunk_index, "data/file_index": self.file_index,
-            "dataset_from_index": self.from_index, "dataset_to_index": self.to_index,
-        }  # fmt: skip
+            "episode_index": self.index,
+            "tasks": list(self.tasks),
+            "length": self.length,
+            "data/chunk_index": self.chunk_index,
+            "data/file_index": self.file_index,
+            "dataset_from_index": self.from_index,
+            "dataset_to_index": self.to_index,
+        }
         for key, values in self.videos.items():
             names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
             row.update({f"videos/{key}/{n}": v for n, v in zip(names, values, strict=True)})
-        row.update({"meta/episodes/chunk_index": self.chunk_index, "meta/episodes/file_index": self.file_index})
+        row.update(
+            {"meta/episodes/chunk_index": self.chunk_index, "meta/episodes/file_index": self.file_index}
+        )
         return {**row, "success": self.success, "seed": self.seed}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> EpisodeMeta:
         """Inverse of :meth:`to_row`; columns of other writers are ignored."""
-        keys = [n.removeprefix("videos/").removesuffix("/chunk_index") for n in row
-                if n.startswith("videos/") and n.endswith("/chunk_index")]  # fmt: skip
-        videos = {k: tuple(row[f"videos/{k}/{n}"] for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"))
-                  for k in keys if row[f"videos/{k}/chunk_index"] is not None}  # fmt: skip
+        keys = [
+            n.removeprefix("videos/").removesuffix("/chunk_index")
+            for n in row
+            if n.startswith("videos/") and n.endswith("/chunk_index")
+        ]
+        videos = {
+            k: tuple(
+                row[f"videos/{k}/{n}"]
+                for n in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+            )
+            for k in keys
+            if row[f"videos/{k}/chunk_index"] is not None
+        }
         return cls(
-            index=row["episode_index"], length=row["length"], tasks=tuple(row["tasks"]),
-            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"],
-            from_index=row["dataset_from_index"], to_index=row["dataset_to_index"], videos=videos,
-            success=row.get("success"), seed=row.get("seed"),
-        )  # fmt: skip
+            index=row["episode_index"],
+            length=row["length"],
+            tasks=tuple(row["tasks"]),
+            chunk_index=row["data/chunk_index"],
+            file_index=row["data/file_index"],
+            from_index=row["dataset_from_index"],
+            to_index=row["dataset_to_index"],
+            videos=videos,
+            success=row.get("success"),
+            seed=row.get("seed"),
+        )
 
 
 def read_episode_table(root: Path, damaged: list[str] | None = None) -> dict[int, EpisodeMeta]:
     """Every episode of ``meta/episodes`` by index.
 
     Args:
-        damaged: when given, a file that cannot be read adds a sentence here instead of raising :class:`DatasetError`.
+        damaged: when given, a file that cannot be read adds a sentence here instead of raising
+            :class:`DatasetError`.
     """
     episodes: dict[int, EpisodeMeta] = {}
     for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
@@ -140,7 +185,10 @@ def read_episode_table(root: Path, damaged: list[str] | None = None) -> dict[int
             names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
             rows = [EpisodeMeta.from_row(r) for r in pq.read_table(path, columns=names).to_pylist()]
         except (OSError, pa.ArrowException, KeyError) as cause:
-            sentence = f"{path}: cannot be read ({cause}); restore this file from a copy, the episodes of other files are readable"
+            sentence = (
+                f"{path}: cannot be read ({cause}); restore this file from a copy, the episodes of other "
+                "files are readable"
+            )
             if damaged is None:
                 raise DatasetError(sentence, path=path) from cause
             damaged.append(sentence)

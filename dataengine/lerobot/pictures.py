@@ -17,7 +17,7 @@ def encode_ids(ids: NDArray[Any]) -> bytes:
 
 
 def decode_ids(png: bytes) -> NDArray[np.int32]:
-    """Inverse of :func:`encode_ids`, int32 ``[H, W]``; raises ``ValueError`` for bytes that are no picture."""
+    """Inverse of :func:`encode_ids`, int32 ``[H, W]``; ``ValueError`` for bytes that are no picture."""
     ids = _decode(png, cv2.IMREAD_UNCHANGED).astype(np.int32)
     return np.where(ids == NO_ID, np.int32(-1), ids)
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataengine.cameras import Cameras
-from dataengine.errors import DatasetError, closest
+from dataengine.errors import DatasetError, closest, damaged
 from dataengine.lerobot import files, layout, metadata
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.pictures import decode_ids, decode_image
@@ -36,7 +36,7 @@ class Episode:
         success, seed: None where not known.
         fps: frames per second.
         timestamp: float32 ``[T]`` seconds since the start of the episode.
-        provenance: view -> int64 ``[T]``, codes of :data:`dataengine.lerobot.PROVENANCE_LEGEND`.
+        provenance: view -> int64 ``[T]``, codes of :data:`dataengine.episodes.PROVENANCE_LEGEND`.
         extra: every other numeric column, ``[T, N]``.
         index, start: number of the episode and of the window's first frame.
     """
@@ -80,14 +80,17 @@ class EpisodeDataset:
         root: folder of a LeRobot v3.0 dataset.
 
     Raises:
-        DatasetError: no dataset there, or its ``info.json`` or ``tasks.parquet`` cannot be read. Damage to a single episode
-            shows when that episode is read; the others stay readable.
+        DatasetError: no dataset there, or its ``info.json`` or ``tasks.parquet`` cannot be read. Damage to a
+            single episode shows when that episode is read; the others stay readable.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DatasetError(f"{self.root}: expected a dataset folder, found none; record one first or check the path", path=self.root)
+            raise DatasetError(
+                f"{self.root}: expected a dataset folder, found none; record one first or check the path",
+                path=self.root,
+            )
         self.info = files.read_json(self.root / layout.INFO_PATH)
         self._check_info()
         self.fps = float(self.info["fps"])
@@ -101,12 +104,16 @@ class EpisodeDataset:
         path = self.root / layout.INFO_PATH
         for key in ("codebase_version", "fps", "features", "total_episodes"):
             if key not in self.info:
-                raise DatasetError(f"{path}: expected the key {key!r}, found none; restore this file from a copy", path=path)
+                raise DatasetError(
+                    f"{path}: expected the key {key!r}, found none; restore this file from a copy", path=path
+                )
         if not str(self.info["codebase_version"]).startswith("v3"):
             version = self.info["codebase_version"]
-            raise DatasetError(f"{path}: expected a LeRobot v3 dataset, got {version}; convert it with LeRobot's own converter", path=path)
-
-    # ---- what is there -------------------------------------------------------------------------------------------
+            raise DatasetError(
+                f"{path}: expected a LeRobot v3 dataset, got {version}; convert it with LeRobot's own "
+                "converter",
+                path=path,
+            )
 
     @property
     def features(self) -> dict[str, dict[str, Any]]:
@@ -146,16 +153,18 @@ class EpisodeDataset:
         return self._length
 
     def meta(self, index: int) -> EpisodeMeta:
-        """Metadata of one episode, without decoding; IndexError outside, DatasetError where its metadata is damaged."""
+        """Metadata of one episode, without decoding; IndexError outside, DatasetError where damaged."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"episode {index}: expected 0 to {len(self) - 1} in {self.root}")
         index %= len(self)
         if index not in self._episodes:
             reason = "; ".join(self._damaged) or f"{self.root}/meta/episodes has no row for it"
-            raise DatasetError(f"episode {index}: its metadata is missing or damaged ({reason})", path=self.root, episode=index)
+            raise DatasetError(
+                f"episode {index}: its metadata is missing or damaged ({reason})",
+                path=self.root,
+                episode=index,
+            )
         return self._episodes[index]
-
-    # ---- reading -------------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: int) -> Episode:
         return self.episode(index)
@@ -163,7 +172,7 @@ class EpisodeDataset:
     def episode(
         self, index: int, start: int = 0, stop: int | None = None, *, views: Sequence[str] | None = None
     ) -> Episode:
-        """Read frames ``start .. stop`` of an episode, decoding only those (and back to the key frame before).
+        """Read frames ``start .. stop`` of an episode, decoding only those and back to the key frame before.
 
         Args:
             index: episode number; negative counts from the end.
@@ -177,12 +186,16 @@ class EpisodeDataset:
         meta = self.meta(index)
         stop = meta.length if stop is None else stop
         if not 0 <= start < stop <= meta.length:
-            raise IndexError(f"window: expected 0 <= start < stop <= {meta.length} in episode {meta.index}, got {start}, {stop}")
+            raise IndexError(
+                f"window: expected 0 <= start < stop <= {meta.length} in episode {meta.index}, got {start}, "
+                f"{stop}"
+            )
         names = self._chosen(views)
         table = self.rows(meta).slice(start, stop - start)
-        window = (meta, start, stop - start)
-        images = {v: self._pictures(self._view_keys[v], table, *window) for v in names}
-        return self._assemble(meta, start, table, images, names)
+        try:
+            return self._assemble(meta, start, table, names)
+        except (ValueError, KeyError, IndexError, pa.ArrowException) as cause:
+            raise damaged(self._data_path(meta), meta.index, start, cause) from cause
 
     def _chosen(self, views: Sequence[str] | None) -> tuple[str, ...]:
         for view in views or ():
@@ -191,67 +204,78 @@ class EpisodeDataset:
         return self.views if views is None else tuple(views)
 
     def rows(self, meta: EpisodeMeta) -> pa.Table:
-        """The parquet rows of one episode; DatasetError where they are damaged or not as many as its length."""
-        template = self.info.get("data_path", layout.DATA_PATH)
-        path = self.root / template.format(**meta.file)
+        """The parquet rows of one episode; DatasetError where they are damaged or too few or many."""
+        path = self._data_path(meta)
         try:
             table = pq.read_table(path, filters=[("episode_index", "=", meta.index)])
         except (OSError, pa.ArrowException) as cause:
-            raise self._damage(path, meta.index, 0, str(cause)) from cause
+            raise damaged(path, meta.index, 0, cause) from cause
         if table.num_rows != meta.length:
             first = min(table.num_rows, meta.length)
-            raise self._damage(path, meta.index, first, f"{table.num_rows} rows instead of {meta.length}")
+            raise damaged(path, meta.index, first, f"{table.num_rows} rows instead of {meta.length}")
         return table
 
-    def _damage(self, path: Path, episode: int, frame: int, reason: str) -> DatasetError:
-        text = " ".join(reason.split())
-        return DatasetError(
-            f"{path}: cannot read episode {episode} from frame {frame} on ({text}); restore this file from a copy or leave "
-            f"episode {episode} out, the others are readable",
-            path=path, episode=episode, frame=frame,
-        )  # fmt: skip
+    def _data_path(self, meta: EpisodeMeta) -> Path:
+        return self.root / self.info.get("data_path", layout.DATA_PATH).format(**meta.file)
 
     def _pictures(self, key: str, table: pa.Table, meta: EpisodeMeta, start: int, count: int) -> NDArray[Any]:
         if self.features[key]["dtype"] == "image":
             return np.stack([decode_image(cell["bytes"]) for cell in table[key].to_pylist()])
         if key not in meta.videos:
-            raise self._damage(self.root / "meta" / "episodes", meta.index, 0, f"no video file listed for {key}")
+            raise damaged(self.root / "meta" / "episodes", meta.index, 0, f"no video file listed for {key}")
         template = self.info.get("video_path", layout.VIDEO_PATH)
         offset = round(meta.videos[key][2] * self.fps)
         depth = self._depth_codec(key) if self._is_depth(key) else None
         return read_window(
-            meta.video_path(self.root, key, template), fps=self.fps, first=offset + start, count=count, episode=meta.index, depth=depth
+            meta.video_path(self.root, key, template),
+            fps=self.fps,
+            first=offset + start,
+            count=count,
+            episode=meta.index,
+            depth=depth,
         )
 
     def _depth_codec(self, key: str) -> DepthCodec:
         info = self.features[key].get("info") or {}
         value = {n: info.get(f"video.{n}", info.get(n)) for n in ("depth_min", "depth_max", "shift")}
         if value["depth_min"] is None or value["depth_max"] is None:
-            raise DatasetError(f"{self.root / layout.INFO_PATH}: expected depth_min and depth_max for {key}, found none", path=self.root)
+            raise DatasetError(
+                f"{self.root / layout.INFO_PATH}: expected depth_min and depth_max for {key}, found none",
+                path=self.root,
+            )
         return DepthCodec(near=value["depth_min"], far=value["depth_max"], shift=value["shift"] or 0.0)
 
-    def _assemble(self, meta: EpisodeMeta, start: int, table: pa.Table, images: dict[str, Any], names: tuple[str, ...]) -> Episode:
+    def _assemble(self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]) -> Episode:
+        count = table.num_rows
         columns = {n: table[n] for n in table.column_names}
-        empty = np.zeros((table.num_rows, 0), np.float32)
-        vectors = {k: column_array(columns[k]) for k, f in self.features.items()
-                   if k in columns and f["dtype"] not in ("video", "image", "string", "language")}  # fmt: skip
+        empty = np.zeros((count, 0), np.float32)
+        vectors = {
+            k: column_array(columns[k])
+            for k, f in self.features.items()
+            if k in columns and f["dtype"] not in ("video", "image", "string", "language")
+        }
         task_index = int(vectors["task_index"][0, 0])
         return Episode(
-            images=images,
+            images={v: self._pictures(self._view_keys[v], table, meta, start, count) for v in names},
             state=vectors.pop(layout.STATE, empty).astype(np.float32),
             action=vectors.pop(layout.ACTION, empty).astype(np.float32),
-            cameras=self._cameras(vectors, names, images),
+            cameras=self._cameras(vectors, names),
             depth=self._depth(meta, start, table, names),
             segmentation=_segmentation(columns, names),
             task=self.tasks[task_index] if task_index < len(self.tasks) else meta.tasks[0],
-            success=meta.success, seed=meta.seed, fps=self.fps,
+            success=meta.success,
+            seed=meta.seed,
+            fps=self.fps,
             timestamp=vectors["timestamp"][:, 0].astype(np.float32),
-            provenance={v: vectors[layout.PROVENANCE + v][:, 0] for v in names if layout.PROVENANCE + v in vectors},
+            provenance={
+                v: vectors[layout.PROVENANCE + v][:, 0] for v in names if layout.PROVENANCE + v in vectors
+            },
             extra={k: v for k, v in vectors.items() if not _is_known(k)},
-            index=meta.index, start=start,
-        )  # fmt: skip
+            index=meta.index,
+            start=start,
+        )
 
-    def _cameras(self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...], images: dict[str, Any]) -> Cameras | None:
+    def _cameras(self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...]) -> Cameras | None:
         keys = [f"{layout.CAMERA}{v}." for v in names]
         if not names or any(k + "extrinsics" not in vectors for k in keys):
             return None
@@ -260,7 +284,9 @@ class EpisodeDataset:
         height, width = self.features[self._view_keys[names[0]]]["shape"][:2]
         return Cameras(names, matrices, poses, int(width), int(height))
 
-    def _depth(self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]) -> dict[str, Any] | None:
+    def _depth(
+        self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]
+    ) -> dict[str, Any] | None:
         keys = {v: layout.DEPTH + v for v in names if layout.DEPTH + v in self.features}
         if not keys:
             return None
@@ -273,7 +299,7 @@ class EpisodeDataset:
         return self._damaged + find_problems(self)
 
     def validate(self) -> None:
-        """Raise :class:`DatasetError` that lists every problem of :meth:`problems`; return when there is none."""
+        """Raise one :class:`DatasetError` that lists every problem of :meth:`problems`, if there is any."""
         found = self.problems()
         if found:
             raise DatasetError(f"{self.root}: {len(found)} problems: " + " | ".join(found), path=self.root)
@@ -284,7 +310,9 @@ def _is_known(key: str) -> bool:
     return key in (*layout.INDEX_COLUMNS, layout.SUCCESS) or key.startswith(prefixes)
 
 
-def _segmentation(columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]) -> dict[str, NDArray[np.int32]] | None:
+def _segmentation(
+    columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]
+) -> dict[str, NDArray[np.int32]] | None:
     keys = {v: layout.SEGMENTATION + v for v in names if layout.SEGMENTATION + v in columns}
     if not keys:
         return None

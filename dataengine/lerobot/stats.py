@@ -71,7 +71,11 @@ def column_array(column: pa.ChunkedArray) -> NDArray[Any]:
     if isinstance(array, pa.ChunkedArray):  # a table without rows has no chunk
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
     length = len(array)
-    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type) or pa.types.is_large_list(array.type):
+    while (
+        pa.types.is_list(array.type)
+        or pa.types.is_fixed_size_list(array.type)
+        or pa.types.is_large_list(array.type)
+    ):
         array = array.flatten()
     return array.to_numpy(zero_copy_only=False).reshape(length, -1 if length else 0)
 
@@ -87,7 +91,9 @@ def read_stored_stats(root: Path) -> list[dict[str, Stats]]:
     """The statistics of every episode in ``meta/episodes``, feature -> name -> list."""
     out = []
     for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
-        names = [n for n in pq.read_schema(path).names if n.startswith("stats/") and n.rsplit("/", 1)[1] in NAMES]
+        names = [
+            n for n in pq.read_schema(path).names if n.startswith("stats/") and n.rsplit("/", 1)[1] in NAMES
+        ]
         for row in pq.read_table(path, columns=names).to_pylist():
             episode: dict[str, Stats] = defaultdict(dict)
             for name, value in row.items():
@@ -100,7 +106,9 @@ def read_stored_stats(root: Path) -> list[dict[str, Stats]]:
 def aggregate(episodes: list[dict[str, Stats]]) -> dict[str, Stats]:
     """Combine episode statistics, weighted by count (variance: within plus between episodes)."""
     keys = dict.fromkeys(k for e in episodes for k in e)
-    return {key: _combine([e[key] for e in episodes if e.get(key, {}).get("mean") is not None]) for key in keys}
+    return {
+        key: _combine([e[key] for e in episodes if e.get(key, {}).get("mean") is not None]) for key in keys
+    }
 
 
 def _combine(parts: list[Stats]) -> Stats:
@@ -111,5 +119,10 @@ def _combine(parts: list[Stats]) -> Stats:
     total = weight.sum(0)
     mean = (arrays["mean"] * weight).sum(0) / total
     variance = ((arrays["std"] ** 2 + (arrays["mean"] - mean) ** 2) * weight).sum(0) / total
-    result = {"min": arrays["min"].min(0), "max": arrays["max"].max(0), "mean": mean, "std": np.sqrt(variance)}
+    result = {
+        "min": arrays["min"].min(0),
+        "max": arrays["max"].max(0),
+        "mean": mean,
+        "std": np.sqrt(variance),
+    }
     return {**{k: v.tolist() for k, v in result.items()}, "count": [int(arrays["count"].sum())]}

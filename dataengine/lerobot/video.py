@@ -1,4 +1,4 @@
-"""Video files: colour images in H.264, metric depth in 12-bit lossless FFV1, written frame by frame, read by window."""
+"""Video files: colour in H.264, metric depth in lossless 12-bit FFV1, written by frame, read by window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
-from dataengine.errors import DatasetError, closest
+from dataengine.errors import closest, damaged
 
 DEPTH_CODES = 4095  # 12 bits, the range LeRobot's depth schema fixes
 COLOUR_CODECS = ("libx264", "libx264rgb", "libx265", "libsvtav1")
@@ -23,16 +23,17 @@ COLOUR_CODECS = ("libx264", "libx264rgb", "libx265", "libsvtav1")
 class VideoCodec:
     """How colour images are compressed.
 
-    The default keeps full chroma resolution (yuv444p) at a quality above 40 dB PSNR on rendered 64-pixel images, because a
-    world model learns whatever the codec leaves behind; ``yuv420p`` plays in every browser but loses 10 dB on coloured edges.
-    ``codec="libx264rgb", pix_fmt="rgb24", crf=0`` is lossless.
+    The default keeps full chroma resolution (yuv444p) at a quality above 40 dB PSNR on rendered 64-pixel
+    images, because a world model learns whatever the codec leaves behind; ``yuv420p`` plays in every browser
+    but loses 10 dB on coloured edges. ``codec="libx264rgb", pix_fmt="rgb24", crf=0`` is lossless.
 
     Attributes:
         codec: an FFmpeg encoder.
         pix_fmt: pixel format of the encoder.
         crf: constant rate factor, 0 (best) to 51.
         preset: speed preset of the encoder.
-        gop: frames between two key frames; small, so that reading a window decodes few frames it does not need.
+        gop: frames between two key frames; small, so that reading a window decodes few frames it does not
+            need.
     """
 
     codec: str = "libx264"
@@ -43,10 +44,14 @@ class VideoCodec:
 
     def __post_init__(self) -> None:
         if self.codec not in COLOUR_CODECS:
-            raise ValueError(f"codec: expected a colour encoder, got {self.codec!r}; {closest(self.codec, COLOUR_CODECS)}")
+            raise ValueError(
+                f"codec: expected a colour encoder, got {self.codec!r}; {closest(self.codec, COLOUR_CODECS)}"
+            )
         formats = [f.name for f in av.Codec(self.codec, "w").video_formats or []]
         if self.pix_fmt not in formats:
-            raise ValueError(f"pix_fmt: {self.codec} cannot write {self.pix_fmt!r}; {closest(self.pix_fmt, formats)}")
+            raise ValueError(
+                f"pix_fmt: {self.codec} cannot write {self.pix_fmt!r}; {closest(self.pix_fmt, formats)}"
+            )
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf: expected 0 (best) to 51, got {self.crf}")
         if self.gop < 1:
@@ -56,21 +61,32 @@ class VideoCodec:
         """FFmpeg options; no B-frames, so frames leave the encoder in order and every seek is exact."""
         if self.codec == "libsvtav1":
             return {"crf": str(self.crf), "svtav1-params": "pred-struct=1"}
-        quiet = {"x265-params": "log-level=none:bframes=0:pools=none:frame-threads=1"} if self.codec == "libx265" else {}
+        quiet = (
+            {"x265-params": "log-level=none:bframes=0:pools=none:frame-threads=1"}
+            if self.codec == "libx265"
+            else {}
+        )
         return {"crf": str(self.crf), "preset": self.preset, "bf": "0", **quiet}
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ``ValueError`` where chroma subsampling cannot hold an odd size."""
         if "420" in self.pix_fmt and (height % 2 or width % 2):
             raise ValueError(
-                f"image_size: {self.pix_fmt} needs even sides, got {height} x {width}; use pix_fmt='yuv444p' or even sides"
+                f"image_size: {self.pix_fmt} needs even sides, got {height} x {width}; use pix_fmt='yuv444p' "
+                "or even sides"
             )
 
     def to_info(self) -> dict[str, Any]:
         """The encoder settings under the names that LeRobot gives them in ``info.json``."""
         values = asdict(self)
-        return {"video.codec": _codec_name(self.codec), "video.pix_fmt": self.pix_fmt, "video.g": values["gop"],
-                "video.crf": self.crf, "video.preset": self.preset, "video.encoder": self.codec}  # fmt: skip
+        return {
+            "video.codec": _codec_name(self.codec),
+            "video.pix_fmt": self.pix_fmt,
+            "video.g": values["gop"],
+            "video.crf": self.crf,
+            "video.preset": self.preset,
+            "video.encoder": self.codec,
+        }
 
 
 def _codec_name(encoder: str) -> str:
@@ -81,12 +97,13 @@ def _codec_name(encoder: str) -> str:
 class DepthCodec:
     """12-bit logarithmic quantisation of metric depth: error is a constant fraction of the depth.
 
-    Code c stands for ``exp(log(near + shift) + c / 4095 * log((far + shift) / (near + shift))) - shift`` metres, as in
-    LeRobot's depth videos. With the default range the error is at most 0.065 % (0.65 mm at 1 m). FFV1 keeps the codes exactly
-    and is ten times faster than lossless HEVC.
+    Code c stands for ``exp(log(near + shift) + c / 4095 * log((far + shift) / (near + shift))) - shift``
+    metres, as in LeRobot's depth videos. With the default range the error is at most 0.065 % (0.65 mm at 1
+    m). FFV1 keeps the codes exactly and is ten times faster than lossless HEVC.
 
     Attributes:
-        near, far: metres; depth beyond ``far`` (sky, infinity) is stored as ``far``, depth below ``near`` is refused.
+        near, far: metres; depth beyond ``far`` (sky, infinity) is stored as ``far``, depth below ``near`` is
+            refused.
         shift: metres added before the logarithm; 0 gives a constant relative error.
     """
 
@@ -120,12 +137,19 @@ class DepthCodec:
 
     def to_info(self) -> dict[str, Any]:
         """The parameters under LeRobot's names for depth videos."""
-        return {"video.codec": "ffv1", "video.pix_fmt": "gray12le", "video.encoder": "ffv1", "video.depth_min": self.near,
-                "video.depth_max": self.far, "video.shift": self.shift, "video.use_log": True}  # fmt: skip
+        return {
+            "video.codec": "ffv1",
+            "video.pix_fmt": "gray12le",
+            "video.encoder": "ffv1",
+            "video.depth_min": self.near,
+            "video.depth_max": self.far,
+            "video.shift": self.shift,
+            "video.use_log": True,
+        }
 
 
 class VideoEncoder:
-    """One video file that grows by one frame per :meth:`add`; nothing but the encoder's short look-ahead stays in memory.
+    """One video file that grows with every :meth:`add`; only the encoder's short look-ahead is in memory.
 
     The file is a plain Python file, so that a full disk raises here instead of being swallowed inside FFmpeg.
     """
@@ -133,10 +157,10 @@ class VideoEncoder:
     def __init__(self, path: Path, *, fps: float, height: int, width: int, codec: VideoCodec | DepthCodec):
         self.path, self.codec, self.frames = path, codec, 0
         self._file = open(path, "wb")  # noqa: SIM115 - closed in close() and abort()
-        self._container = av.open(self._file, "w", format="mp4")
+        self._container: Any = av.open(self._file, "w", format="mp4")
         colour = isinstance(codec, VideoCodec)
         rate = _rational(fps)
-        self._stream = self._container.add_stream(codec.codec if colour else "ffv1", rate=rate)
+        self._stream: Any = self._container.add_stream(codec.codec if colour else "ffv1", rate=rate)
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = codec.pix_fmt if colour else "gray12le"
         self._stream.options = codec.options() if colour else {"level": "3"}
@@ -158,8 +182,9 @@ class VideoEncoder:
         assert isinstance(self.codec, DepthCodec)
         frame = VideoFrame(self._stream.width, self._stream.height, "gray12le")
         codes = self.codec.encode(depth)
-        plane = np.frombuffer(frame.planes[0], np.uint16).reshape(codes.shape[0], -1)  # rows are padded
-        plane[:, : codes.shape[1]] = codes
+        rows, columns = codes.shape
+        plane = np.frombuffer(memoryview(frame.planes[0]), np.uint16).reshape(rows, -1)  # padded on the right
+        plane[:, :columns] = codes
         return frame
 
     def close(self) -> None:
@@ -196,22 +221,26 @@ def read_window(
         uint8 ``[count, H, W, 3]``, or float32 ``[count, H, W]`` metres for depth.
 
     Raises:
-        DatasetError: the file is missing, truncated or holds fewer frames; names the file, the episode and the frame.
+        DatasetError: the file is missing, truncated or holds fewer frames; names the file, the episode and
+            the frame.
     """
     found: dict[int, NDArray[Any]] = {}
     try:
         with av.open(str(path)) as container:
             _collect(container, found, fps, first, count, depth)
     except (OSError, ValueError, IndexError) as cause:  # every FFmpeg error is one of these
-        raise _unreadable(path, episode, len(found), str(cause)) from cause
+        raise damaged(path, episode, len(found), cause) from cause
     missing = [n for n in range(count) if n not in found]
     if missing:
-        raise _unreadable(path, episode, missing[0], f"frame {first + missing[0]} of the file is not there")
+        raise damaged(path, episode, missing[0], f"frame {first + missing[0]} of the file is not there")
     return np.stack([found[n] for n in range(count)])
 
 
-def _collect(container: Any, found: dict[int, Any], fps: float, first: int, count: int, depth: DepthCodec | None) -> None:
+def _collect(
+    container: Any, found: dict[int, Any], fps: float, first: int, count: int, depth: DepthCodec | None
+) -> None:
     stream = container.streams.video[0]
+    stream.codec_context.options = {"err_detect": "explode"}  # damage is an error, not a guess
     stream.codec_context.thread_count = 1  # small images: threads cost more than they give
     if first > 0:
         # half a frame late, so that rounding of the timestamp cannot land one key frame too early or too late
@@ -220,6 +249,8 @@ def _collect(container: Any, found: dict[int, Any], fps: float, first: int, coun
         n = round(float(frame.pts * frame.time_base) * fps) - first
         if n >= count:
             return
+        if frame.is_corrupt:
+            return  # FFmpeg would go on with grey blocks
         if n >= 0:
             found[n] = _pixels(frame, depth)
         if len(found) == count:
@@ -229,18 +260,8 @@ def _collect(container: Any, found: dict[int, Any], fps: float, first: int, coun
 def _pixels(frame: VideoFrame, depth: DepthCodec | None) -> NDArray[Any]:
     if depth is None:
         return frame.to_ndarray(format="rgb24")
-    plane = np.frombuffer(frame.planes[0], np.uint16).reshape(frame.height, -1)[:, : frame.width]
+    plane = np.frombuffer(memoryview(frame.planes[0]), np.uint16).reshape(frame.height, -1)[:, : frame.width]
     return depth.decode(plane)
-
-
-def _unreadable(path: Path, episode: int, frame: int, reason: str) -> DatasetError:
-    return DatasetError(
-        f"{path}: cannot read episode {episode} from frame {frame} on ({reason}); restore this file from a copy or leave "
-        f"episode {episode} out, the others are readable",
-        path=path,
-        episode=episode,
-        frame=frame,
-    )
 
 
 def count_frames(path: Path) -> int:

@@ -1,7 +1,8 @@
-"""Write episodes to disk as they happen, in the LeRobot v3.0 layout, so that a crash costs at most the unfinished one.
+"""Write episodes to disk as they happen; a crash costs at most the unfinished one.
 
-Every finished episode owns its parquet, video and meta files (v3 allows any split). Files are written under temporary names
-and renamed into place; the meta file comes last, so an episode is there entirely or not at all.
+Every finished episode owns its parquet, video and meta files (v3 allows any split). Files are written under
+temporary names and renamed into place; the meta file comes last, so an episode is there entirely or not at
+all.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ class EpisodeWriter:
         depth_range: (near, far) in metres for the depth codes.
 
     Raises:
-        ValueError: bad sizes or names; features that differ from the dataset in ``root`` (the feature is named).
+        ValueError: bad sizes or names; features that differ from the dataset in ``root`` (the feature is
+            named).
         DatasetError: ``root`` holds something damaged, or another writer has it open.
         DatasetWriteError: the file system refuses a write; finished episodes are kept.
 
-    Crash safety holds for a killed process and, because files are synced before they are renamed, for a lost machine on file
-    systems that order renames. A frame costs one encoder step and one row in memory, whatever the episode's length.
+    Crash safety holds for a killed process and, because files are synced before they are renamed, for a lost
+    machine on file systems that order renames. A frame costs one encoder step and one row in memory, whatever
+    the episode's length.
     """
 
     def __init__(
@@ -76,24 +79,32 @@ class EpisodeWriter:
     ):
         self.root = Path(root)
         spec = DatasetSpec(
-            fps=fps, views=tuple(views), image_size=(int(image_size[0]), int(image_size[1])), state_dim=state_dim,
-            action_dim=action_dim, depth=depth, segmentation=segmentation, cameras=bool(cameras), extra=dict(extra or {}),
-            robot_type=robot_type, video=video or VideoCodec(),
+            fps=fps,
+            views=tuple(views),
+            image_size=(int(image_size[0]), int(image_size[1])),
+            state_dim=state_dim,
+            action_dim=action_dim,
+            depth=depth,
+            segmentation=segmentation,
+            cameras=bool(cameras),
+            extra=dict(extra or {}),
+            robot_type=robot_type,
+            video=video or VideoCodec(),
             depth_codec=DepthCodec(near=depth_range[0], far=depth_range[1]),
-        )  # fmt: skip
+        )
         self._rows: EpisodeRows | None = None
         self._encoders: dict[str, VideoEncoder] = {}
         try:
             self._folder = DatasetFolder(self.root, spec, cameras_decided=cameras is not None)
         except OSError as cause:
-            raise refused(cause, self.root, "nothing was written; free space or choose another root") from cause
+            raise refused(
+                cause, self.root, "nothing was written; free space or choose another root"
+            ) from cause
 
     @property
     def spec(self) -> DatasetSpec:
         """The features of every frame."""
         return self._folder.spec
-
-    # ---- what is there -------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> int:
@@ -109,8 +120,6 @@ class EpisodeWriter:
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the finished episodes that have one."""
         return tuple(e.seed for e in self._folder.episodes if e.seed is not None)
-
-    # ---- one frame -----------------------------------------------------------------------------------------------
 
     def add_frame(
         self,
@@ -133,25 +142,37 @@ class EpisodeWriter:
             state, action: vectors, finite.
             task: the instruction in words.
             cameras: view -> ``{"intrinsics" [3, 3], "camera_to_world" [4, 4]}``, or one :class:`Cameras`.
-            depth: view -> metres ``[height, width]``; beyond the far end of ``depth_range`` counts as the far end.
+            depth: view -> metres ``[height, width]``; beyond the far end of ``depth_range`` counts as the far
+                end.
             segmentation: view -> integer ids ``[height, width]`` from -1 to 65534; stored exactly.
             extra: every vector named in the writer's ``extra``.
             provenance: ``observed``, ``rendered`` or ``generated``; one for all views or view -> word.
-            timestamp: seconds since the first frame; None means ``frame / fps``. LeRobot's own loader wants times within
-                1e-4 s of that grid.
+            timestamp: seconds since the first frame; None means ``frame / fps``. LeRobot's own loader wants
+                times within 1e-4 s of that grid.
 
         Raises:
             ValueError: one sentence about the argument at fault; nothing is written then.
-            DatasetWriteError: the file system refuses; the unfinished episode is dropped, finished ones are kept.
+            DatasetWriteError: the file system refuses; the unfinished episode is dropped, finished ones are
+                kept.
         """
         self._check_open()
         if not self._folder.cameras_decided:
             self._folder.decide_cameras(cameras is not None)
         frame = check_frame(
-            self.spec, index=self.frames, images=images, state=state, action=action, task=task, cameras=cameras, depth=depth,
-            segmentation=segmentation, extra=extra or {}, provenance=provenance, timestamp=timestamp,
+            self.spec,
+            index=self.frames,
+            images=images,
+            state=state,
+            action=action,
+            task=task,
+            cameras=cameras,
+            depth=depth,
+            segmentation=segmentation,
+            extra=extra or {},
+            provenance=provenance,
+            timestamp=timestamp,
             last_timestamp=self._rows.last_timestamp if self._rows else None,
-        )  # fmt: skip
+        )
         if self._rows is None:
             self._start_episode()
         assert self._rows is not None
@@ -160,19 +181,26 @@ class EpisodeWriter:
         self._rows.append(frame)
 
     def _start_episode(self) -> None:
-        self._guarded(self._folder.workspace, lambda: self._folder.workspace.mkdir(parents=True, exist_ok=True))
+        self._guarded(
+            self._folder.workspace, lambda: self._folder.workspace.mkdir(parents=True, exist_ok=True)
+        )
         height, width = self.spec.image_size
         for key in self.spec.video_keys:
             codec = self.spec.depth_codec if key.startswith(layout.DEPTH) else self.spec.video
             path = self._folder.workspace / f"{key}.mp4"
             self._encoders[key] = self._guarded(
-                path, lambda p=path, c=codec: VideoEncoder(p, fps=self.spec.fps, height=height, width=width, codec=c)
+                path,
+                lambda p=path, c=codec: VideoEncoder(
+                    p, fps=self.spec.fps, height=height, width=width, codec=c
+                ),
             )
         self._rows = EpisodeRows(self.spec)
 
     def _check_open(self) -> None:
         if not self._folder.lock.held:
-            raise ValueError(f"EpisodeWriter: {self.root} was finalised; open a new EpisodeWriter on it to append")
+            raise ValueError(
+                f"EpisodeWriter: {self.root} was finalised; open a new EpisodeWriter on it to append"
+            )
 
     def _guarded(self, path: Path, write: Callable[[], T]) -> T:
         """Run a write; when the disk refuses, drop the unfinished episode and say what is kept."""
@@ -185,17 +213,17 @@ class EpisodeWriter:
     @property
     def _kept(self) -> str:
         return (
-            f"the {self.finished} finished episodes in {self.root} are kept and readable, the unfinished one was dropped; "
+            f"the {self.finished} finished episodes in {self.root} are kept and readable, the unfinished one "
+            "was dropped; "
             "free space and continue with a new EpisodeWriter on the same root"
         )
-
-    # ---- ending an episode ---------------------------------------------------------------------------------------
 
     def save_episode(self, *, success: bool | None = None, seed: int | None = None) -> int:
         """Publish the unfinished episode and return its index.
 
         Args:
-            success: whether the task was solved; also sets ``next.success`` of the last frame. None: not known.
+            success: whether the task was solved; also sets ``next.success`` of the last frame. None: not
+                known.
             seed: the environment's seed, kept so that a recording can be resumed. None: not known.
 
         Raises:
@@ -204,7 +232,9 @@ class EpisodeWriter:
         """
         self._check_open()
         if self._rows is None:
-            raise ValueError("save_episode: expected at least one add_frame before it, got none; add frames first")
+            raise ValueError(
+                "save_episode: expected at least one add_frame before it, got none; add frames first"
+            )
         rows = self._rows
         return self._guarded(self._folder.workspace, lambda: self._publish(rows, success, seed))
 
@@ -227,10 +257,10 @@ class EpisodeWriter:
         self._encoders, self._rows = {}, None
         self._folder.clear_workspace()
 
-    # ---- the end -------------------------------------------------------------------------------------------------
-
     def finalize(self) -> None:
-        """Drop an unfinished episode, write ``stats.json`` and the totals, and release the folder. Safe to call twice."""
+        """Drop an unfinished episode, write ``stats.json`` and the totals, and release the folder. Safe to
+        call twice.
+        """
         if not self._folder.lock.held:
             return
         self.discard_episode()
