@@ -1,0 +1,1 @@
+"""Speed measurements and paper claims; run from the root of the repository, never installed."""
