@@ -1,0 +1,166 @@
+"""Clips: the window a world model trains on, cut from latent episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from enerverse.data.latents import LatentEpisodes
+from enerverse.memory import make_memory
+from enerverse.views import commanded_path, path_map, ray_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One batch of training or evaluation windows.
+
+    memory [B, V, K, C, h, w] with offsets [B, K] (frames before the last, <= 0); future [B, V, M, C, h, w];
+    ended [B, M]: 1 where the episode is over and the future frame is the end-of-task latent;
+    rays [B, V, 6, h, w]; actions [B, M, A]; path [B, V, M, 4, h, w]; texts: B instructions;
+    episode, time: [B] which window it is (time = index of the last memory frame).
+    """
+
+    memory: Tensor
+    offsets: Tensor
+    future: Tensor
+    ended: Tensor
+    rays: Tensor
+    actions: Tensor
+    path: Tensor
+    texts: tuple[str, ...]
+    episode: Tensor
+    time: Tensor
+
+    def to(self, device: torch.device | str) -> Clip:
+        """The same clip with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "texts"}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """How windows are cut.
+
+    memory, chunk: K and M. recent: last consecutive frames always in memory. mix: share of training windows whose
+    memory is drawn at random, evenly spread, consecutive, or the last frame alone.
+    stillness: weight of windows in which nothing moves, relative to an average one; 1 samples uniformly.
+    path: read the gripper's commanded position from the state (its first three entries, plus the entries at
+    `command`), so that actions can be drawn into the pictures; action_scale: metres per action unit.
+    """
+
+    memory: int = 4
+    chunk: int = 8
+    recent: int = 2
+    mix: tuple[float, float, float, float] = (0.45, 0.3, 0.15, 0.1)
+    stillness: float = 0.3
+    action_scale: tuple[float, float, float] = (0.016, 0.016, 0.016)
+    command: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.recent <= self.memory:
+            raise ValueError(f"recent: expected 1 to {self.memory} (the memory slots), got {self.recent}")
+        if abs(sum(self.mix) - 1) > 1e-6:
+            raise ValueError(f"mix: expected four shares that sum to 1, got {self.mix}")
+
+
+class ClipSampler:
+    """Windows of `episodes`, a pure function of (seed, step): resuming needs no saved data position."""
+
+    def __init__(self, episodes: LatentEpisodes, config: ClipConfig, *, batch: int = 8, seed: int = 0):
+        self.episodes, self.config, self.batch_size, self.seed = episodes, config, batch, seed
+        self.grid = tuple(episodes.latents.shape[-2:])
+        self._windows, self._weights = self._weigh_windows()
+
+    def _weigh_windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """All (episode, last memory frame) pairs, and how often each is drawn: by motion, every task equally."""
+        windows, energy = [], []
+        for index in range(len(self.episodes)):
+            frames = self.episodes.latents[self.episodes.span(index)].float()
+            later = torch.arange(len(frames)).add(self.config.chunk // 2).clamp_max(len(frames) - 1)
+            energy.append((frames[later] - frames).square().mean((1, 2, 3, 4)).sqrt())
+            windows.append(np.stack([np.full(len(frames), index), np.arange(len(frames))], 1))
+        moving = torch.cat(energy).numpy()
+        weights = self.config.stillness + (1 - self.config.stillness) * moving / moving.mean()
+        rows = np.concatenate(windows)
+        kinds = np.array([_task_kind(task) for task in self.episodes.tasks])[rows[:, 0]]
+        for kind in np.unique(kinds):
+            weights[kinds == kind] /= weights[kinds == kind].sum()
+        return rows, np.cumsum(weights / weights.sum())
+
+    def batch(self, step: int) -> Clip:
+        """The training batch of `step`."""
+        rng = np.random.default_rng((self.seed, step))
+        rows = self._windows[np.searchsorted(self._weights, rng.random(self.batch_size)).clip(max=len(self._weights) - 1)]
+        memories = [self._draw_memory(int(time), rng) for _, time in rows]
+        return self.gather(rows[:, 0], rows[:, 1], memories)
+
+    def _draw_memory(self, now: int, rng: np.random.Generator) -> list[int]:
+        slots, recent = self.config.memory, self.config.recent
+        kind = rng.choice(4, p=self.config.mix)
+        if kind != 0:
+            name = ("sparse_uniform", "dense", "none")[kind - 1]
+            options = {"recent": recent} if kind == 1 else {}
+            return make_memory(name, slots=slots, **options).select(list(range(now + 1)), now)
+        past = np.arange(max(0, now - recent + 1))
+        count = min(len(past), slots - recent)
+        chosen = sorted(rng.choice(past, count, replace=False).tolist())
+        tail = [max(0, now - lag) for lag in reversed(range(recent))]
+        return [(chosen or [tail[0]])[0]] * (slots - recent - count) + chosen + tail
+
+    def gather(self, episode: np.ndarray, time: np.ndarray, memories: list[list[int]]) -> Clip:
+        """The clip of given windows: last memory frame `time` [B] of `episode` [B], memory frames by index."""
+        data, config = self.episodes, self.config
+        starts = data.starts[torch.from_numpy(np.asarray(episode))]
+        ends = data.starts[torch.from_numpy(np.asarray(episode)) + 1]
+        now = starts + torch.from_numpy(np.asarray(time))
+        ahead = now[:, None] + torch.arange(1, config.chunk + 1)
+        over = ahead >= ends[:, None]
+        rows = torch.minimum(ahead, ends[:, None] - 1)
+        ended = over & data.success[torch.from_numpy(np.asarray(episode))][:, None]
+        memory_rows = starts[:, None] + torch.tensor(memories)
+        future = data.latents[rows].float().transpose(1, 2)
+        future = future * (~ended)[:, None, :, None, None, None]  # the end-of-task latent is zero: the mean picture
+        actions = _actions_ahead(data.action, ahead - 1, ends)
+        rays, path = self.draw_path(np.asarray(episode), data.state[now], actions)
+        return Clip(
+            memory=data.latents[memory_rows].float().transpose(1, 2),
+            offsets=memory_rows - now[:, None],
+            future=future,
+            ended=ended.float(),
+            rays=rays,
+            actions=actions,
+            path=path,
+            texts=tuple(data.tasks[int(index)] for index in episode),
+            episode=torch.from_numpy(np.asarray(episode)),
+            time=torch.from_numpy(np.asarray(time)),
+        )
+
+    def draw_path(self, episode: np.ndarray, state: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Ray maps [B, V, 6, h, w] and path maps [B, V, M, 4, h, w] of `actions` [B, M, A] from `state` [B, S]."""
+        index = torch.from_numpy(np.asarray(episode))
+        intrinsics, poses = self.episodes.intrinsics[index], self.episodes.camera_to_world[index]
+        rays = ray_map(intrinsics, poses, self.episodes.image, self.grid)
+        path = commanded_path(gripper_start(state, self.config), actions, torch.tensor(self.config.action_scale))
+        return rays, path_map(path, actions[..., -1], intrinsics, poses, self.episodes.image, self.grid)
+
+
+def gripper_start(state: Tensor, config: ClipConfig) -> Tensor:
+    """Commanded gripper position [B, 3] in metres of proprioception `state` [B, S]: measured plus tracking error."""
+    return state[:, :3] + state[:, config.command : config.command + 3]
+
+
+def _actions_ahead(action: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """Actions [B, M, A] taken at `rows`; past the last transition the arm rests and the gripper keeps its command."""
+    last = (ends - 2).clamp_min(0)[:, None]
+    taken = action[torch.minimum(rows, last)]
+    resting = (rows > last)[..., None].expand_as(taken).clone()
+    resting[..., -1] = False
+    return taken.masked_fill(resting, 0.0)
+
+
+def _task_kind(task: str) -> str:
+    """Instructions that differ only in a colour or side are one task: the verb names it."""
+    return task.split()[0]

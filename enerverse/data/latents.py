@@ -1,0 +1,141 @@
+"""Episodes as latents in memory: encoded once, cached beside the run, read by every training afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dataengine.episodes import Episode, EpisodeDataset
+from enerverse.files import load_tensors, save_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentEpisodes:
+    """All episodes of a dataset, frames in one row.
+
+    latents [N, V, C, h, w] float16, standardised; starts [E + 1] first frame of each episode;
+    state [N, S], action [N, A] executed, label [N, A] what a policy should learn (the clean action where recorded); privileged [N, S'] simulator state
+    where recorded;
+    intrinsics [E, V, 3, 3], camera_to_world [E, V, 4, 4] of the (static) cameras; success [E] bool;
+    tasks: instruction per episode; views; image (H, W); fps.
+    """
+
+    latents: Tensor
+    starts: Tensor
+    state: Tensor
+    action: Tensor
+    label: Tensor
+    privileged: Tensor
+    intrinsics: Tensor
+    camera_to_world: Tensor
+    success: Tensor
+    tasks: tuple[str, ...]
+    views: tuple[str, ...]
+    image: tuple[int, int]
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def span(self, episode: int) -> slice:
+        """Rows of one episode."""
+        return slice(int(self.starts[episode]), int(self.starts[episode + 1]))
+
+    def length(self, episode: int) -> int:
+        """Frames of one episode."""
+        return int(self.starts[episode + 1] - self.starts[episode])
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        words = {"tasks": self.tasks, "views": self.views, "image": self.image, "fps": self.fps}
+        save_tensors(path, tensors, {key: json.dumps(value) for key, value in words.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatentEpisodes:
+        """Read what `save` wrote."""
+        tensors, words = load_tensors(path)
+        plain = {key: json.loads(words[key]) for key in ("tasks", "views", "image", "fps")}
+        plain |= {key: tuple(plain[key]) for key in ("tasks", "views", "image")}
+        return cls(**tensors, **plain)
+
+
+Datasets = EpisodeDataset | Sequence[EpisodeDataset]
+
+
+def iterate_episodes(datasets: Datasets, views: tuple[str, ...], name: str) -> Iterator[Episode]:
+    """Every episode of one or several datasets, with a progress bar on a terminal."""
+    parts = [datasets] if isinstance(datasets, EpisodeDataset) else list(datasets)
+    jobs = [(dataset, index) for dataset in parts for index in range(len(dataset))]
+    for dataset, index in tqdm(jobs, desc=name, disable=None):
+        yield dataset.episode(index, views=views)
+
+
+def read_images(datasets: Datasets, views: tuple[str, ...], every: int = 1) -> Tensor:
+    """Every `every`-th frame of every episode: uint8 [N, V, 3, H, W]."""
+    parts = []
+    for episode in iterate_episodes(datasets, views, "reading frames"):
+        frames = np.ascontiguousarray(episode.stacked_images[::every])
+        parts.append(torch.from_numpy(frames).permute(0, 1, 4, 2, 3))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def encode_images(autoencoder: nn.Module, images: np.ndarray, batch: int = 64) -> Tensor:
+    """Latents float16 [T, V, C, h, w] of uint8 pictures [T, V, H, W, 3]."""
+    device = next(autoencoder.parameters()).device
+    frames = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3)
+    return torch.cat([autoencoder.encode(part.to(device).float() / 255).half().cpu() for part in frames.split(batch)])
+
+
+def encode_dataset(datasets: Datasets, autoencoder: nn.Module, views: tuple[str, ...]) -> LatentEpisodes:
+    """Encode every frame of every episode with `autoencoder`; raises ValueError when cameras are missing."""
+    rows: dict[str, list[Tensor]] = {}
+    tasks, success, starts, image, fps = [], [], [0], (0, 0), 0.0
+    for episode in iterate_episodes(datasets, views, "encoding"):
+        for key, value in _episode_rows(episode, autoencoder, views).items():
+            rows.setdefault(key, []).append(value)
+        tasks.append(episode.task)
+        success.append(episode.success is not False)
+        starts.append(starts[-1] + len(episode))
+        image, fps = tuple(episode.stacked_images.shape[2:4]), episode.fps
+    if not tasks:
+        raise ValueError("dataset: expected at least one episode, got none; record some first")
+    joined = {key: (torch.stack if key in PER_EPISODE else torch.cat)(value) for key, value in rows.items()}
+    words = {"tasks": tuple(tasks), "views": views, "image": image, "fps": fps}
+    return LatentEpisodes(starts=torch.tensor(starts), success=torch.tensor(success), **joined, **words)
+
+
+PER_EPISODE = ("intrinsics", "camera_to_world")
+
+
+def _episode_rows(episode: Episode, autoencoder: nn.Module, views: tuple[str, ...]) -> dict[str, Tensor]:
+    if episode.cameras is None:
+        raise ValueError(
+            f"dataset: expected camera poses with every frame, got none in episode {episode.index}; "
+            "record with an environment whose info holds 'cameras'"
+        )
+    cameras = episode.cameras.select(views)
+    label = episode.extra.get("action.clean", episode.action)
+    privileged = episode.extra.get("privileged", np.zeros((len(episode), 0)))
+    return {
+        "latents": encode_images(autoencoder, episode.stacked_images),
+        "state": torch.from_numpy(episode.state).float(),
+        "action": torch.from_numpy(episode.action).float(),
+        "label": torch.from_numpy(np.asarray(label)).float(),
+        "privileged": torch.from_numpy(np.asarray(privileged)).float(),
+        "intrinsics": _first_frame(cameras.intrinsics, 4),
+        "camera_to_world": _first_frame(cameras.camera_to_world, 4),
+    }
+
+
+def _first_frame(array: np.ndarray, per_frame_dims: int) -> Tensor:
+    """Cameras come as [V, ..] or per frame as [T, V, ..]; anchors are static, so the first frame stands."""
+    return torch.from_numpy(np.asarray(array[0] if array.ndim == per_frame_dims else array)).float()

@@ -1,0 +1,53 @@
+"""One denoising loop for every objective: a diffusers scheduler drives it, the network answers with x_0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from enerverse.diffusion.objectives import Objective
+
+Scheduler = DDIMScheduler | FlowMatchEulerDiscreteScheduler
+
+
+def scheduler_times(scheduler: Scheduler, steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """Times in (0, 1] that the network is asked at, noisiest first; sets the scheduler to `steps` steps."""
+    scheduler.set_timesteps(steps, device=device)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler.sigmas[:-1].to(device)
+    return (scheduler.timesteps + 1) / scheduler.config.num_train_timesteps
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    objective: Objective,
+    scheduler: Scheduler,
+    steps: int,
+    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Walk `noise` [B, ...] to a clean sample in `steps` steps.
+
+    predict(noisy, time [B]) returns the network's prediction; on_step(index, time, sample) may look at or replace
+    the sample after every step.
+    """
+    times = scheduler_times(scheduler, steps, noise.device)
+    sample = noise
+    for index, (time, step) in enumerate(zip(times, scheduler.timesteps, strict=True)):
+        batch_time = time.expand(len(sample)).float()
+        prediction = predict(sample, batch_time)
+        sample = scheduler.step(_output(prediction, sample, batch_time, objective, scheduler), step, sample).prev_sample
+        if on_step is not None:
+            sample = on_step(index, time, sample)
+    return sample
+
+
+def _output(prediction: Tensor, noisy: Tensor, time: Tensor, objective: Objective, scheduler: Scheduler) -> Tensor:
+    """What the scheduler wants: v for DDIM, the velocity (x_t - x_0) / t on the flow path."""
+    if isinstance(scheduler, DDIMScheduler):
+        return prediction
+    clean = objective.clean(prediction, noisy, time)
+    return (noisy - clean) / time.view(-1, *[1] * (noisy.ndim - 1))

@@ -1,0 +1,6 @@
+"""The video UNet and the instruction encoders."""
+
+from enerverse.model.text import HashedTextEncoder, PretrainedTextEncoder
+from enerverse.model.unet import Conditions, VideoUNet
+
+__all__ = ["Conditions", "HashedTextEncoder", "PretrainedTextEncoder", "VideoUNet"]

@@ -1,0 +1,67 @@
+"""Instruction embeddings: a self-contained default, and CLIP or T5 through `transformers` as an option."""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class HashedTextEncoder(ModelMixin, ConfigMixin):
+    """Words and word pairs hashed into a table of learned vectors, averaged. Needs no download and no vocabulary."""
+
+    @register_to_config
+    def __init__(self, width: int = 128, buckets: int = 1024):
+        super().__init__()
+        self.buckets, self.width = buckets, width
+        self.table = nn.EmbeddingBag(buckets, width, mode="mean")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Bucket of every word and of every pair of neighbouring words, in order."""
+        words = re.findall(r"[a-z0-9]+", text.lower()) or [""]
+        pairs = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+        return [zlib.crc32(item.encode()) % self.buckets for item in words + pairs]
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """[len(texts), width]."""
+        tokens = [self.tokenize(text) for text in texts]
+        offsets = torch.tensor([0] + [len(row) for row in tokens[:-1]]).cumsum(0)
+        flat = torch.tensor([token for row in tokens for token in row])
+        device = self.table.weight.device
+        return self.table(flat.to(device), offsets.to(device))
+
+
+class PretrainedTextEncoder(ModelMixin, ConfigMixin):
+    """A frozen CLIP or T5 text encoder and a trained linear map of its mean token.
+
+    The paper's text names T5 in section 3 and CLIP in appendix A; either fits here. `model` is a local folder or a
+    hub name understood by `transformers`; the frozen weights are not written into checkpoints.
+    """
+
+    @register_to_config
+    def __init__(self, width: int = 128, model: str = "google-t5/t5-small"):
+        super().__init__()
+        from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+        family = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+        kind = AutoConfig.from_pretrained(model).model_type
+        if kind not in family:
+            raise ValueError(f"model: expected a CLIP or T5 text encoder, got model type {kind!r}; choose another folder")
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        # A tuple keeps the frozen encoder out of the module tree, hence out of checkpoints and optimisers.
+        self._frozen = (family[kind].from_pretrained(model).eval().requires_grad_(False),)
+        encoder_width = getattr(self._frozen[0].config, "d_model", None) or self._frozen[0].config.hidden_size
+        self.project = nn.Linear(encoder_width, width)
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """[len(texts), width]."""
+        encoder = self._frozen[0].to(self.project.weight.device)
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(self.project.weight.device)
+        with torch.no_grad():
+            hidden = encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return self.project((hidden * mask).sum(1) / mask.sum(1))

@@ -1,0 +1,226 @@
+"""EnerVerse-G: imagine several camera views chunk by chunk, with sparse memory, for as long as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from enerverse.data.clips import ClipConfig
+from enerverse.diffusion import denoise, make_objective
+from enerverse.memory import MemoryPolicy, MemoryState, make_memory, push_chunk, read_context, start_memory
+from enerverse.model import Conditions
+from enerverse.pipelines.inputs import Observation, read_observation
+from enerverse.views import commanded_path, path_map, ray_map
+
+
+@dataclass(frozen=True)
+class Imagination:
+    """What the pipeline returns: frames after the last observed one.
+
+    frames [B, T, V, 3, P, P] in [0, 1] (or uint8 arrays [B, T, V, P, P, 3], or latents [B, V, T, C, h, w]);
+    ended [B]: number of frames before the end-of-task frame, -1 where the task was not seen to end;
+    memory: state to go on from with `imagine_chunk`.
+    """
+
+    frames: Any
+    ended: Tensor
+    memory: MemoryState
+
+
+class EnerVersePipeline(DiffusionPipeline):
+    """World model as a diffusers pipeline: autoencoder, video UNet, instruction encoder, scheduler."""
+
+    def __init__(
+        self,
+        autoencoder: Any,
+        unet: Any,
+        text_encoder: Any,
+        scheduler: Any,
+        views: tuple[str, ...] = ("front", "left", "top"),
+        image_size: int = 64,
+        fps: float = 10.0,
+        objective: str = "flow_x0",
+        residual: bool = True,
+        residual_scale: float = 1.0,
+        memory_policy: str = "sparse_uniform",
+        recent: int = 2,
+        end_threshold: float = 0.35,
+        action_scale: tuple[float, ...] = (0.016, 0.016, 0.016),
+        command: int = 8,
+    ):
+        super().__init__()
+        self.register_modules(autoencoder=autoencoder, unet=unet, text_encoder=text_encoder, scheduler=scheduler)
+        self.register_to_config(
+            views=tuple(views),
+            image_size=image_size,
+            fps=fps,
+            objective=objective,
+            residual=residual,
+            residual_scale=residual_scale,
+            memory_policy=memory_policy,
+            recent=recent,
+            end_threshold=end_threshold,
+            action_scale=tuple(action_scale),
+            command=command,
+        )
+
+    @property
+    def clip_config(self) -> ClipConfig:
+        """The window this model was trained on."""
+        return ClipConfig(
+            memory=self.unet.config.memory,
+            chunk=self.unet.config.chunk,
+            recent=self.config.recent,
+            action_scale=tuple(self.config.action_scale),
+            command=self.config.command,
+        )
+
+    def make_memory(self, name: str | None = None) -> MemoryPolicy:
+        """The memory policy `name` (default: the checkpoint's) with this model's number of slots."""
+        name = name or self.config.memory_policy
+        options = {"sparse_uniform": {"recent": self.config.recent}, "fifo": {"chunk": self.unet.config.chunk}}
+        return make_memory(name, slots=self.unet.config.memory, **options.get(name, {}))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Any,
+        instruction: str | list[str],
+        cameras: Any,
+        *,
+        num_frames: int = 8,
+        actions: Any = None,
+        state: Any = None,
+        memory: str | None = None,
+        num_inference_steps: int = 5,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        output_type: str = "pt",
+        stop_at_end: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+    ) -> Imagination:
+        """Imagine `num_frames` frames after the observed ones, chunk by chunk.
+
+        images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left out);
+        cameras: `dataengine.cameras.Cameras` or a (intrinsics [V, 3, 3], camera_to_world [V, 4, 4]) pair;
+        actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the last observed frame turn
+        imagination into simulation. Raises ValueError, in one sentence, for wrong shapes, values or names.
+        """
+        if output_type not in ("pt", "np", "latent"):
+            raise ValueError(f"output_type: expected 'pt', 'np' or 'latent', got {output_type!r}")
+        policy = self.make_memory(memory)
+        seen = read_observation(self, images, instruction, cameras, actions, state, num_frames)
+        past = start_memory(policy, seen.latents)
+        chunks, ended = [], torch.full((len(seen.texts),), -1)
+        starts = range(0, num_frames, self.unet.config.chunk)
+        for start in self.progress_bar(list(starts)):
+            chunk, past = self.imagine_chunk(
+                past, policy, seen.rays, seen.text, seen.plan(start, self.unet.config.chunk), num_inference_steps,
+                guidance_scale, generator, callback_on_step_end,
+            )  # fmt: skip
+            ended = torch.where(ended < 0, self.find_end(chunk, start), ended)
+            chunks.append(chunk)
+            if stop_at_end and bool((ended >= 0).all()):
+                break
+        latents = torch.cat(chunks, 2)[:, :, :num_frames]
+        return Imagination(self.read_out(latents, output_type), ended, past)
+
+    @torch.no_grad()
+    def imagine_chunk(
+        self,
+        past: MemoryState,
+        policy: MemoryPolicy,
+        rays: Tensor,
+        text: Tensor,
+        plan: tuple[Tensor, Tensor] | None = None,
+        steps: int = 5,
+        guidance: float = 1.0,
+        generator: torch.Generator | None = None,
+        on_step: Callable[..., dict[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """One chunk of M frames [B, V, M, C, h, w] and the memory that has seen it. Cost does not depend on the past."""
+        context, offsets = read_context(policy, past)
+        actions, path = plan if plan is not None else (None, None)
+        told = Conditions(memory=context, offsets=offsets[None], rays=rays, text=text, actions=actions, path=path)
+        free = Conditions(memory=context, offsets=offsets[None], rays=rays, text=torch.zeros_like(text), actions=actions,
+                          path=path)  # fmt: skip
+        shape = (*context.shape[:2], self.unet.config.chunk, *context.shape[3:])
+        noise = torch.randn(shape, generator=generator, device="cpu").to(context)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            prediction = self.unet(noisy, time, told)
+            if guidance == 1.0:
+                return prediction
+            base = self.unet(noisy, time, free)
+            return base + guidance * (prediction - base)
+
+        def report(index: int, time: Tensor, sample: Tensor) -> Tensor:
+            changed = on_step(self, index, time, {"latents": sample}) if on_step is not None else None
+            return changed.pop("latents", sample) if changed else sample
+
+        clean = denoise(predict, noise, make_objective(self.config.objective), self.scheduler, steps, report)
+        reference = context[:, :, -1:] if self.config.residual else 0.0
+        chunk = clean * self.config.residual_scale + reference
+        return chunk, push_chunk(policy, past, chunk)
+
+    def stream(
+        self,
+        images: Any,
+        instruction: str | list[str],
+        cameras: Any,
+        *,
+        memory: str | None = None,
+        num_inference_steps: int = 5,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Chunks of frames [B, M, V, 3, P, P], without end and in constant memory."""
+        policy = self.make_memory(memory)
+        seen = read_observation(self, images, instruction, cameras, None, None, 0)
+        past = start_memory(policy, seen.latents)
+        while True:
+            chunk, past = self.imagine_chunk(
+                past, policy, seen.rays, seen.text, None, num_inference_steps, guidance_scale, generator
+            )
+            yield self.read_out(chunk, "pt")
+
+    def find_end(self, chunk: Tensor, start: int = 0) -> Tensor:
+        """First frame [B] (counted from `start`) whose latents lie within `end_threshold` (mean L1) of the end-of-task
+        latent, zero; -1 where none does."""
+        near = chunk.abs().mean((1, 3, 4, 5)) < self.config.end_threshold
+        first = near.float().argmax(1) + start
+        return torch.where(near.any(1), first, -1).cpu()
+
+    def read_out(self, latents: Tensor, output_type: str = "pt") -> Any:
+        """Frames of latents [B, V, T, C, h, w] in the form that `output_type` names."""
+        if output_type == "latent":
+            return latents
+        frames = torch.stack([self.autoencoder.decode(view.transpose(0, 1)) for view in latents.transpose(1, 2)])
+        if output_type == "pt":
+            return frames
+        return (frames.permute(0, 1, 2, 4, 5, 3) * 255).round().byte().cpu().numpy()
+
+    def draw_plan(self, seen: Observation, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [B, T, A] and the path maps [B, V, T, 4, h, w] that they trace from proprioception `state`."""
+        scale = torch.tensor(self.config.action_scale, device=actions.device)
+        start = state[:, :3] + state[:, self.config.command : self.config.command + 3]
+        path = commanded_path(start, actions, scale)
+        size = (self.config.image_size, self.config.image_size)
+        return actions, path_map(path, actions[..., -1], seen.intrinsics, seen.camera_to_world, size, seen.grid)
+
+    def draw_rays(self, intrinsics: Tensor, camera_to_world: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Ray maps [B, V, 6, h, w] of the cameras at latent resolution."""
+        size = (self.config.image_size, self.config.image_size)
+        return ray_map(intrinsics, camera_to_world, size, grid)
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """Diffusers' progress bar, silent for a single chunk."""
+        config = getattr(self, "_progress_bar_config", {})
+        quiet = iterable is not None and len(iterable) < 3
+        return tqdm(iterable, total=total, **{"disable": quiet or None, **config})

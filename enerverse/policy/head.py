@@ -1,0 +1,125 @@
+"""Diffusion action head: a transformer that turns noise into a chunk of actions, given condition tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from enerverse.config import from_dict
+from enerverse.diffusion import FlowX0, denoise
+from enerverse.model.attention import SelfAttention, attend
+from enerverse.model.blocks import fourier_features
+from enerverse.policy.condition import ConditionTokens, PolicyInputs
+from enerverse.policy.config import PolicyConfig
+
+
+class CrossAttention(nn.Module):
+    """Queries from the action tokens, keys and values from the condition; residual, output starts at zero."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.keys, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [B, N, C], context [B, S, C] -> [B, N, C]."""
+        q = self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys, values = self.keys(self.norm_context(context)).chunk(2, -1)
+        k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (keys, values))
+        return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ActionBlock(nn.Module):
+    """Attention among the actions of a chunk, attention to the condition, and an MLP."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads)
+        self.cross_attention = CrossAttention(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [B, R, M, C]: R noise draws share one condition [B, S, C]."""
+        b, r, m, c = x.shape
+        x = self.self_attention(x.view(b * r, m, c))
+        x = self.cross_attention(x.view(b, r * m, c), context)
+        return (x + self.mlp(x)).view(b, r, m, c)
+
+
+class ActionHead(ModelMixin, ConfigMixin):
+    """Predicts x_0 of an action chunk (EnerVerse-A predicts the sample, DDPM-style; here on the flow path)."""
+
+    objective = FlowX0(shift=1.0, pure_noise=0.1)
+
+    @register_to_config
+    def __init__(
+        self,
+        policy: dict[str, Any] | None = None,
+        views: int = 3,
+        latent_channels: int = 16,
+        world_shape: tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        self.settings = from_dict(PolicyConfig, policy or {})
+        config = self.settings
+        self.condition = ConditionTokens(config, views, latent_channels, tuple(world_shape) if world_shape else None)
+        self.register_buffer("action_mean", torch.zeros(config.action_dim))
+        self.register_buffer("action_std", torch.ones(config.action_dim))
+        self.inputs = nn.Linear(config.action_dim, config.width)
+        self.place = nn.Parameter(0.02 * torch.randn(config.chunk, config.width))
+        self.time = nn.Sequential(nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.blocks = nn.ModuleList(ActionBlock(config.width, config.heads) for _ in range(config.layers))
+        self.out = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.action_dim))
+
+    @classmethod
+    def build(cls, config: PolicyConfig, views: int, channels: int, world_shape: tuple[int, ...] | None) -> ActionHead:
+        """A head from a `PolicyConfig`."""
+        return cls(asdict(config), views, channels, world_shape if config.world else None)
+
+    @torch.no_grad()
+    def set_statistics(self, body: Tensor, actions: Tensor) -> None:
+        """Store the mean and deviation of proprioception (with privileged entries) [N, S] and actions [N, A]."""
+        self.condition.state_mean.copy_(body.mean(0))
+        self.condition.state_std.copy_(body.std(0).clamp_min(1e-3))
+        self.action_mean.copy_(actions.mean(0))
+        self.action_std.copy_(actions.std(0).clamp_min(1e-2))
+
+    def predict(self, noisy: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """x_0 [B, R, M, A] of `noisy` [B, R, M, A] at `time` [B, R]."""
+        embedding = self.time(fourier_features(time * 1000, self.place.shape[1]))[:, :, None]
+        x = self.inputs(noisy) + self.place + embedding
+        for block in self.blocks:
+            x = block(x, context)
+        return self.out(x)
+
+    def loss(self, inputs: PolicyInputs, actions: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error of x_0 over `noise_draws` draws per decision; actions [B, M, A]."""
+        b, draws = len(actions), self.settings.noise_draws
+        clean = ((actions - self.action_mean) / self.action_std)[:, None].expand(-1, draws, -1, -1)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        time = self.objective.sample_times(b * draws, generator).to(clean)
+        noisy = self.objective.corrupt(clean.flatten(0, 1), noise.flatten(0, 1), time).view_as(clean)
+        predicted = self.predict(noisy, time.view(b, draws), self.condition(inputs))
+        return F.mse_loss(predicted.float(), clean)
+
+    @torch.no_grad()
+    def sample(self, inputs: PolicyInputs, generator: torch.Generator | None = None) -> Tensor:
+        """Action chunks [B, M, A], clipped to [-1, 1]."""
+        context = self.condition(inputs)
+        shape = (len(inputs.texts), self.settings.chunk, self.settings.action_dim)
+        noise = torch.randn(shape, generator=generator).to(context)
+
+        def predict(noisy: Tensor, time: Tensor) -> Tensor:
+            return self.predict(noisy[:, None], time[:, None], context)[:, 0]
+
+        clean = denoise(predict, noise, self.objective, self.objective.scheduler(), self.settings.steps)
+        return (clean * self.action_std + self.action_mean).clamp(-1, 1)

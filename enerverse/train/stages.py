@@ -1,0 +1,103 @@
+"""The stages of a recipe: dataset -> autoencoder -> latents -> world model. Each leaves its result in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from enerverse.config import to_json
+from enerverse.data import ClipSampler, Datasets, LatentEpisodes, encode_dataset, read_images
+from enerverse.diffusion import make_objective
+from enerverse.files import prepare_run
+from enerverse.latents import KLAutoencoder, PatchAutoencoder
+from enerverse.model import HashedTextEncoder, PretrainedTextEncoder, VideoUNet
+from enerverse.pipelines import EnerVersePipeline
+from enerverse.presets import AutoencoderConfig, Preset, TextConfig
+from enerverse.train.autoencoder import AutoencoderTask
+from enerverse.train.loop import train
+from enerverse.train.world import WorldModel, WorldTask, measure_residual_scale
+
+FRAME_STEP = 4  # neighbouring frames are nearly the same picture
+
+
+def build_autoencoder(config: AutoencoderConfig) -> PatchAutoencoder | KLAutoencoder:
+    """An untrained autoencoder."""
+    if config.kind == "kl":
+        return KLAutoencoder(channels=config.channels, widths=config.widths)
+    return PatchAutoencoder(config.patch, config.channels, config.width, config.encoder_blocks, config.decoder_blocks)
+
+
+def build_text_encoder(config: TextConfig) -> nn.Module:
+    """An untrained instruction encoder (or a frozen one with an untrained projection)."""
+    if config.kind == "pretrained":
+        return PretrainedTextEncoder(config.width, config.model)
+    return HashedTextEncoder(config.width)
+
+
+def default_device() -> str:
+    """`cuda` when there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train_autoencoder(datasets: Datasets, preset: Preset, run: Path, device: str | None = None) -> nn.Module:
+    """Train the preset's autoencoder on `datasets` in `run` and save it in `run/autoencoder`."""
+    device = device or default_device()
+    prepare_run(run, to_json(preset))
+    torch.manual_seed(preset.train_autoencoder.seed)
+    images = read_images(datasets, preset.views, every=FRAME_STEP)
+    autoencoder = build_autoencoder(preset.autoencoder)
+    sample = images[:: max(1, len(images) // 300)].flatten(0, 1).float() / 255
+    autoencoder.initialise_from(sample)
+    autoencoder.to(device, memory_format=torch.channels_last)
+    task = AutoencoderTask(
+        autoencoder, images, batch=preset.train_autoencoder.batch, seed=preset.train_autoencoder.seed
+    )
+    train(task, preset.train_autoencoder, run, name="autoencoder", device=device)
+    autoencoder.set_statistics(sample.to(device))
+    autoencoder.save_pretrained(run / "autoencoder")
+    return autoencoder.eval()
+
+
+def encode(datasets: Datasets, autoencoder: nn.Module, preset: Preset, path: Path) -> LatentEpisodes:
+    """Latents of the whole dataset, cached at `path`."""
+    if path.exists():
+        return LatentEpisodes.load(path)
+    episodes = encode_dataset(datasets, autoencoder, preset.views)
+    episodes.save(path)
+    return episodes
+
+
+def train_world(
+    episodes: LatentEpisodes,
+    autoencoder: nn.Module,
+    preset: Preset,
+    run: Path,
+    device: str | None = None,
+    evaluate: Callable[[EnerVersePipeline, int], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+) -> EnerVersePipeline:
+    """Train the world model on latent episodes in `run` and save the pipeline in `run/pipeline`."""
+    device = device or default_device()
+    prepare_run(run, to_json(preset))
+    torch.manual_seed(preset.train_world.seed)
+    objective = make_objective(preset.diffusion.objective, **preset.diffusion.options())
+    model = WorldModel(VideoUNet(**preset.unet_arguments()), build_text_encoder(preset.text)).to(device)
+    sampler = ClipSampler(episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed)
+    scale = measure_residual_scale(sampler, preset.world_loss)
+    task = WorldTask(
+        model, sampler, objective, preset.world_loss, channel_std=autoencoder.latent_std, residual_scale=scale
+    )
+    pipeline = EnerVersePipeline(
+        autoencoder, model.unet, model.text_encoder, objective.scheduler(),
+        views=preset.views, image_size=preset.image_size, fps=episodes.fps,
+        objective=preset.diffusion.objective, residual=preset.world_loss.residual, residual_scale=scale,
+        recent=preset.clips.recent, action_scale=preset.clips.action_scale, command=preset.clips.command,
+    )  # fmt: skip
+    check = (lambda _, step: evaluate(pipeline, step)) if evaluate is not None else None
+    train(task, preset.train_world, run, name="world model", device=device, evaluate=check, evaluate_every=evaluate_every)
+    model.eval()
+    pipeline.save_pretrained(run / "pipeline")
+    return pipeline

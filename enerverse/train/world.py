@@ -1,0 +1,116 @@
+"""Training the world model: denoise the M future frames of every view, given sparse memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from enerverse.data import Clip, ClipSampler
+from enerverse.diffusion import Objective
+from enerverse.model import Conditions
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldLossConfig:
+    """Choices of the world-model loss.
+
+    residual: predict the difference to the last memory frame, which keeps what does not move.
+    memory_noise: largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1; EVAC).
+    drop_text, drop_actions: share of samples that are not told the instruction, or the actions.
+    ended_weight: weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power.
+    """
+
+    residual: bool = True
+    memory_noise: float = 0.2
+    drop_text: float = 0.1
+    drop_actions: float = 0.5
+    ended_weight: float = 0.2
+    channel_power: float = 1.0
+
+
+class WorldModel(nn.Module):
+    """The trained parts together: UNet and instruction encoder."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+
+class WorldTask:
+    """Random clips, random noise levels, loss on future frames only."""
+
+    def __init__(
+        self,
+        model: WorldModel,
+        sampler: ClipSampler,
+        objective: Objective,
+        config: WorldLossConfig,
+        *,
+        channel_std: Tensor,
+        residual_scale: float,
+    ):
+        self.module, self.sampler, self.objective, self.config = model, sampler, objective, config
+        weights = channel_std.float().cpu() ** config.channel_power
+        self.channel_weights = (weights / weights.mean())[:, None, None]
+        self.residual_scale = residual_scale
+
+    def batch(self, step: int) -> Clip:
+        return self.sampler.batch(step)
+
+    def loss(self, clip: Clip, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Weighted squared error of the objective's target, averaged over future frames."""
+        count = len(clip.texts)
+        memory = noisy_memory(clip.memory, self.config.memory_noise, generator)
+        reference = memory[:, :, -1:] if self.config.residual else 0.0
+        clean = (clip.future - reference) / self.residual_scale
+        noise = torch.randn(clean.shape, generator=generator)
+        time = self.objective.sample_times(count, generator)
+        keep_text = torch.rand(count, generator=generator) >= self.config.drop_text
+        told = torch.rand(count, generator=generator) >= self.config.drop_actions
+        noisy = self.objective.corrupt(clean, noise, time)
+        target = self.objective.target(clean, noise, time)
+        device = next(self.module.parameters()).device
+        texts = self.module.text_encoder(list(clip.texts)) * keep_text.to(device)[:, None]
+        conditions = Conditions(
+            memory=memory.to(device),
+            offsets=clip.offsets.to(device),
+            rays=clip.rays.to(device),
+            text=texts,
+            actions=clip.actions.to(device),
+            path=clip.path.to(device),
+            has_actions=told.to(device),
+        )
+        prediction = self.module.unet(noisy.to(device), time.to(device), conditions).float()
+        error = (prediction - target.to(device)).square() * self.channel_weights.to(device)
+        frames = error.mean((1, 3, 4, 5))
+        weights = torch.where(clip.ended > 0, self.config.ended_weight, 1.0).to(device)
+        loss = (frames * weights).mean()
+        return loss, {}
+
+
+def noisy_memory(memory: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Memory [B, V, K, ...] with noise that grows towards the newest frame; half the frames stay clean.
+
+    Intensity follows 1 - cos(u), u uniform in (-pi/2, pi/2) clipped at 0 and sorted along time, as in EVAC.
+    """
+    if strength == 0:
+        return memory
+    u = ((torch.rand(memory.shape[0], memory.shape[2], generator=generator) - 0.5) * math.pi).clamp_min(0)
+    amount = strength * (1 - u.cos()).sort(1).values
+    noise = torch.randn(memory.shape, generator=generator)
+    return memory + noise * amount[:, None, :, None, None, None]
+
+
+def measure_residual_scale(sampler: ClipSampler, config: WorldLossConfig, batches: int = 32) -> float:
+    """Standard deviation of what the network must predict, over some training clips; 1 for absolute latents."""
+    if not config.residual:
+        return 1.0
+    squares = []
+    for step in range(batches):
+        clip = sampler.batch(10_000_000 + step)  # steps no training reaches
+        running = (1 - clip.ended)[:, None, :, None, None, None]
+        squares.append(((clip.future - clip.memory[:, :, -1:]).square() * running).mean())
+    return float(torch.stack(squares).mean().sqrt())
