@@ -47,7 +47,7 @@ def atomic_write(path: AnyPath) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if _is_full(error):
-            raise _disk_full(path) from error
+            raise _disk_full(path, "nothing was changed") from error
         raise
 
 
@@ -122,7 +122,7 @@ def append_metrics(path: AnyPath, metrics: Mapping[str, Any]) -> None:
             file.write(line.encode())
     except OSError as error:
         if _is_full(error):
-            raise _disk_full(target) from error
+            raise _disk_full(target, "the last record is lost") from error
         raise
 
 
@@ -160,8 +160,8 @@ def _is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in texts)
 
 
-def _disk_full(path: Path) -> OSError:
-    message = f"{path}: the disk is full, nothing was changed; free some space or choose another folder"
+def _disk_full(path: Path, outcome: str) -> OSError:
+    message = f"{path}: the disk is full, {outcome}; free some space or choose another folder"
     error = OSError(message)
     error.errno = errno.ENOSPC  # set afterwards: given two arguments, OSError would print the number too
     return error

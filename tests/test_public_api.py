@@ -1,7 +1,7 @@
 """The public names of each package, frozen in public_api.json.
 
-When a name is added or removed on purpose, run `python tests/test_public_api.py` to rewrite that file, and say
-in CHANGELOG.md what changed.
+When a name is added or removed on purpose, run `python tests/test_public_api.py` to rewrite that file, and
+say in CHANGELOG.md what changed.
 """
 
 import importlib

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from enerverse import files
 from enerverse.environment import describe, device_name, versions
 
-FULL = "the disk is full, nothing was changed; free some space or choose another folder"
+ADVICE = "free some space or choose another folder"
 
 
 def names(folder: Path) -> list[str]:
@@ -48,7 +48,7 @@ def test_full_disk_becomes_one_sentence(tmp_path, number: int) -> None:
     with pytest.raises(OSError) as caught, files.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise OSError(number, os.strerror(number))
-    assert str(caught.value) == f"{path}: {FULL}"
+    assert str(caught.value) == f"{path}: the disk is full, nothing was changed; {ADVICE}"
     assert caught.value.errno == errno.ENOSPC
     assert names(tmp_path) == []
 
@@ -183,7 +183,8 @@ def test_metrics_on_a_full_disk(tmp_path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="the disk is full") as caught:
         files.append_metrics(tmp_path, {"step": 1})
-    assert str(caught.value) == f"{tmp_path / 'metrics.jsonl'}: {FULL}"
+    sentence = f"the disk is full, the last record is lost; {ADVICE}"
+    assert str(caught.value) == f"{tmp_path / 'metrics.jsonl'}: {sentence}"
 
 
 def test_environment_names_versions_and_no_place() -> None:
