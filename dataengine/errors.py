@@ -38,8 +38,9 @@ def damaged(path: Path, episode: int, frame: int, reason: object) -> DatasetErro
     """The error for a file of one episode that cannot be read from some frame on."""
     text = " ".join(str(reason).split())
     return DatasetError(
-        f"{path}: cannot read episode {episode} from frame {frame} on ({text}); restore this file from a copy or "
-        f"leave episode {episode} out, the others are readable",
+        f"{path}: cannot read episode {episode} from frame {frame} on ({text}); restore this file from a "
+        "copy "
+        f"or leave episode {episode} out, the others are readable",
         path=path,
         episode=episode,
         frame=frame,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dataengine.errors import DatasetError
-from dataengine.lerobot import layout
+from dataengine.lerobot import files, layout
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.video import count_frames
 
@@ -24,7 +24,7 @@ def find_problems(dataset: EpisodeDataset) -> list[str]:
         try:
             meta = dataset.meta(index)
             dataset.episode(index)  # decodes every picture and checks every camera
-            found += _row_problems(dataset, meta) + _spare_frames(dataset, meta, owners)
+            found += _row_problems(dataset, meta) + _video_problems(dataset, meta, owners)
         except (DatasetError, ValueError) as error:
             found.append(str(error))
     return found
@@ -50,13 +50,18 @@ def _row_problems(dataset: EpisodeDataset, meta: EpisodeMeta) -> list[str]:
     return found
 
 
-def _spare_frames(dataset: EpisodeDataset, meta: EpisodeMeta, owners: Counter) -> list[str]:
-    """Video files that belong to this episode alone must hold exactly its frames."""
+def _video_problems(dataset: EpisodeDataset, meta: EpisodeMeta, owners: Counter) -> list[str]:
+    """Video files that belong to this episode alone must hold exactly its frames, byte for byte."""
     found = []
     for key, video in meta.videos.items():
         if owners[(key, *video[:2])] > 1:
             continue
         path = meta.video_path(dataset.root, key, dataset.info.get("video_path", layout.VIDEO_PATH))
+        if key in meta.checksums and files.checksum(path) != meta.checksums[key]:
+            found.append(
+                f"{path}: expected the bytes that were written for episode {meta.index}, got others (CRC-32 "
+                "differs); restore this file from a copy"
+            )
         count = count_frames(path)
         if count != meta.length:
             found.append(

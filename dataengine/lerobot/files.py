@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,33 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(values, indent=4, ensure_ascii=False).encode())
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as parquet, built in memory so that the write itself goes through one checked file."""
+def parquet_bytes(table: pa.Table, *, compact: bool = False) -> bytes:
+    """A table as parquet, built in memory so that the write itself goes through one checked file.
+
+    Args:
+        compact: leave out dictionaries, column statistics and the Arrow schema, which are most of a file of
+            one row; fixed-size lists then come back as plain lists.
+    """
     sink = pa.BufferOutputStream()
-    # a file of one row (meta/episodes) is all overhead, and these three options are most of it
-    many = table.num_rows > 1
-    pq.write_table(table, sink, use_dictionary=many, write_statistics=many, store_schema=many)
+    full = not compact
+    pq.write_table(
+        table,
+        sink,
+        use_dictionary=full,
+        write_statistics=full,
+        store_schema=full,
+        write_page_checksum=True,
+    )
     return sink.getvalue().to_pybytes()
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in blocks."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def move_all(moves: list[tuple[Path, Path]]) -> None:

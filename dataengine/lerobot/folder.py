@@ -116,6 +116,7 @@ class DatasetFolder:
 
     def publish(self, rows: EpisodeRows, meta: EpisodeMeta, videos: dict[str, Path]) -> None:
         """Make an episode visible: videos and data first, its row in ``meta/episodes`` last."""
+        meta = replace(meta, checksums={key: files.checksum(path) for key, path in videos.items()})
         tasks = self.tasks + [t for t in rows.tasks if t not in self.tasks]
         table = rows.data_table(meta, tasks)
         moves = [(path, meta.video_path(self.root, key)) for key, path in videos.items()]
@@ -135,7 +136,7 @@ class DatasetFolder:
 
     def _temporary(self, name: str, table: pa.Table) -> Path:
         path = self.workspace / name
-        files.write_atomically(path, files.parquet_bytes(table))
+        files.write_atomically(path, files.parquet_bytes(table, compact=table.num_rows == 1))
         return path
 
     def write_info(self) -> None:

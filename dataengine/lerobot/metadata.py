@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class EpisodeMeta:
         from_index, to_index: global frame numbers, end exclusive.
         videos: video key -> (chunk index, file index, first second, last second).
         success, seed: None where not known.
+        checksums: video key -> CRC-32 of its file; empty for datasets of other writers.
     """
 
     index: int
@@ -113,6 +114,7 @@ class EpisodeMeta:
     videos: dict[str, tuple[int, int, float, float]]
     success: bool | None = None
     seed: int | None = None
+    checksums: dict[str, int] = field(default_factory=dict)
 
     @property
     def file(self) -> dict[str, int]:
@@ -137,6 +139,7 @@ class EpisodeMeta:
         for key, values in self.videos.items():
             names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
             row.update({f"videos/{key}/{n}": v for n, v in zip(names, values, strict=True)})
+        row.update({f"videos/{key}/crc32": value for key, value in self.checksums.items()})
         row.update(
             {"meta/episodes/chunk_index": self.chunk_index, "meta/episodes/file_index": self.file_index}
         )
@@ -169,6 +172,9 @@ class EpisodeMeta:
             videos=videos,
             success=row.get("success"),
             seed=row.get("seed"),
+            checksums={
+                k: row[f"videos/{k}/crc32"] for k in videos if row.get(f"videos/{k}/crc32") is not None
+            },
         )
 
 

@@ -207,7 +207,9 @@ class EpisodeDataset:
         """The parquet rows of one episode; DatasetError where they are damaged or too few or many."""
         path = self._data_path(meta)
         try:
-            table = pq.read_table(path, filters=[("episode_index", "=", meta.index)])
+            table = pq.read_table(
+                path, filters=[("episode_index", "=", meta.index)], page_checksum_verification=True
+            )
         except (OSError, pa.ArrowException) as cause:
             raise damaged(path, meta.index, 0, cause) from cause
         if table.num_rows != meta.length:

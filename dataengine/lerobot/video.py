@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from dataengine.errors import closest, damaged
 
+T = TypeVar("T")
+
 DEPTH_CODES = 4095  # 12 bits, the range LeRobot's depth schema fixes
+FFV1_OPTIONS = {"level": "3", "slices": "1"}  # more slices fail on narrow images
 COLOUR_CODECS = ("libx264", "libx264rgb", "libx265", "libsvtav1")
 
 
@@ -148,22 +154,52 @@ class DepthCodec:
         }
 
 
+class _CheckedFile:
+    """The file FFmpeg writes to; remembers the refusal of a write, which FFmpeg may report late or not at
+    all.
+    """
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self.refusal: OSError | None = None
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by its owner
+
+    def write(self, data: bytes) -> int:
+        return self._checked(self._file.write, data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._checked(self._file.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._checked(self._file.close)
+
+    def _checked(self, call: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            self.refusal = self.refusal or error
+            raise
+
+
 class VideoEncoder:
     """One video file that grows with every :meth:`add`; only the encoder's short look-ahead is in memory.
 
-    The file is a plain Python file, so that a full disk raises here instead of being swallowed inside FFmpeg.
+    A full disk raises the ``OSError`` of the file system, from :meth:`add` or :meth:`close`.
     """
 
     def __init__(self, path: Path, *, fps: float, height: int, width: int, codec: VideoCodec | DepthCodec):
         self.path, self.codec, self.frames = path, codec, 0
-        self._file = open(path, "wb")  # noqa: SIM115 - closed in close() and abort()
+        self._file = _CheckedFile(path)
         self._container: Any = av.open(self._file, "w", format="mp4")
         colour = isinstance(codec, VideoCodec)
         rate = _rational(fps)
         self._stream: Any = self._container.add_stream(codec.codec if colour else "ffv1", rate=rate)
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = codec.pix_fmt if colour else "gray12le"
-        self._stream.options = codec.options() if colour else {"level": "3"}
+        self._stream.options = codec.options() if colour else FFV1_OPTIONS
         self._stream.gop_size = codec.gop if colour else 1
         self._stream.codec_context.thread_count = 1
         self._stream.codec_context.time_base = 1 / rate
@@ -172,8 +208,23 @@ class VideoEncoder:
         """Append a colour image uint8 ``[H, W, 3]`` or a depth map in metres ``[H, W]``."""
         frame = self._colour(image) if isinstance(self.codec, VideoCodec) else self._depth(image)
         frame.pts = self.frames
-        self._container.mux(self._stream.encode(frame))
+        self._encode(frame)
         self.frames += 1
+
+    def _encode(self, frame: VideoFrame | None) -> None:
+        with self._refusals():
+            self._container.mux(self._stream.encode(frame))
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Whatever FFmpeg makes of a refused write, raise the refusal itself."""
+        try:
+            yield
+        except FFmpegError:
+            if self._file.refusal is None:
+                raise
+        if self._file.refusal is not None:
+            raise self._file.refusal
 
     def _colour(self, image: NDArray[np.uint8]) -> VideoFrame:
         return VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -189,16 +240,17 @@ class VideoEncoder:
 
     def close(self) -> None:
         """Flush the encoder and the file; raises ``OSError`` where the disk refuses."""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-        self._file.close()
+        self._encode(None)
+        with self._refusals():
+            self._container.close()
+            self._file.close()
 
     def abort(self) -> None:
         """Close without caring for the content and remove the file; never raises."""
         for close in (self._container.close, self._file.close):
             try:
                 close()
-            except (OSError, ValueError):
+            except (OSError, ValueError, FFmpegError):
                 continue  # a full disk refuses the trailer too; the file goes anyway
         self.path.unlink(missing_ok=True)
 

@@ -209,6 +209,9 @@ class EpisodeWriter:
         except OSError as cause:
             self.discard_episode()
             raise refused(cause, path, self._kept) from cause
+        except BaseException:  # an interrupt between two views would leave them out of step
+            self.discard_episode()
+            raise
 
     @property
     def _kept(self) -> str:
