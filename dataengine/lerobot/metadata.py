@@ -188,8 +188,10 @@ def read_episode_table(root: Path, damaged: list[str] | None = None) -> dict[int
     episodes: dict[int, EpisodeMeta] = {}
     for path in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
         try:
-            names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
-            rows = [EpisodeMeta.from_row(r) for r in pq.read_table(path, columns=names).to_pylist()]
+            with pq.ParquetFile(path) as file:
+                names = [n for n in file.schema_arrow.names if not n.startswith("stats/")]
+                table = file.read(columns=names, use_threads=False)
+            rows = [EpisodeMeta.from_row(r) for r in table.to_pylist()]
         except (OSError, pa.ArrowException, KeyError) as cause:
             sentence = (
                 f"{path}: cannot be read ({cause}); restore this file from a copy, the episodes of other "

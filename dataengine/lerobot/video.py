@@ -14,6 +14,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from dataengine.errors import closest, damaged
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 DEPTH_CODES = 4095  # 12 bits, the range LeRobot's depth schema fixes
 FFV1_OPTIONS = {"level": "3", "slices": "1"}  # more slices fail on narrow images
+# PyAV converts colours with a thread per core where it has the choice; small images pay for starting them
+ONE_THREAD: dict[str, Any] = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
 COLOUR_CODECS = ("libx264", "libx264rgb", "libx265", "libsvtav1")
 
 
@@ -297,6 +300,7 @@ def _collect(
     if first > 0:
         # half a frame late, so that rounding of the timestamp cannot land one key frame too early or too late
         container.seek(round((first + 0.5) / fps / stream.time_base), stream=stream)
+    reformatter = VideoReformatter()  # one for all frames: setting it up costs ten times its work
     for frame in container.decode(stream):
         n = round(float(frame.pts * frame.time_base) * fps) - first
         if n >= count:
@@ -304,14 +308,14 @@ def _collect(
         if frame.is_corrupt:
             return  # FFmpeg would go on with grey blocks
         if n >= 0:
-            found[n] = _pixels(frame, depth)
+            found[n] = _pixels(frame, depth, reformatter)
         if len(found) == count:
             return
 
 
-def _pixels(frame: VideoFrame, depth: DepthCodec | None) -> NDArray[Any]:
+def _pixels(frame: VideoFrame, depth: DepthCodec | None, reformatter: VideoReformatter) -> NDArray[Any]:
     if depth is None:
-        return frame.to_ndarray(format="rgb24")
+        return reformatter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray()
     plane = np.frombuffer(memoryview(frame.planes[0]), np.uint16).reshape(frame.height, -1)[:, : frame.width]
     return depth.decode(plane)
 
