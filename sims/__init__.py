@@ -6,6 +6,10 @@ import os
 if not os.environ.get("MUJOCO_GL") and not os.environ.get("DISPLAY"):
     os.environ["MUJOCO_GL"] = "egl"
 
+# Software GL gains nothing from threads on small pictures, and a forked worker would wait forever for the
+# parent's threads.
+os.environ.setdefault("LP_NUM_THREADS", "0")
+
 import gymnasium
 
 from sims.cameras import CAMERAS

@@ -1,8 +1,11 @@
 """Camera placement, and the one place where MuJoCo cameras become OpenCV cameras.
 
-MuJoCo cameras look along -z with y up. Everything outside this file uses OpenCV axes (x right, y down, z forward),
-``camera_to_world`` [4, 4], intrinsics [3, 3] in pixels with pixel centres at +0.5, metres.
+MuJoCo cameras look along -z with y up. Everything outside this file uses OpenCV axes (x right, y down, z
+forward), ``camera_to_world`` [4, 4], intrinsics [3, 3] in pixels with pixel centres at +0.5, metres.
 """
+
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names come from compiled modules without stubs.
 
 import dataclasses
 
@@ -23,8 +26,8 @@ class CameraPlacement:
     fovy: float
 
 
-# The field is about 50 cm wide at the workspace, so a 5 cm cube covers 6-7 of 64 pixels. The top camera stands
-# beyond the workspace, tilted back, because from straight above the hand would hide what it grasps.
+# The field is about 50 cm wide at the workspace, so a 5 cm cube covers 6-7 of 64 pixels. The top camera
+# stands beyond the workspace, tilted back, because from straight above the hand would hide what it grasps.
 ANCHORS: dict[str, CameraPlacement] = {
     "front": CameraPlacement(position=(1.27, 0.0, 0.55), look_at=(0.51, 0.0, 0.125), fovy=34.0),
     "left": CameraPlacement(position=(0.52, 0.80, 0.50), look_at=(0.52, 0.0, 0.115), fovy=34.0),
@@ -40,7 +43,9 @@ def check_camera(name: str) -> str:
 
 
 def look_at_rotation(position: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """MuJoCo camera axes as columns [3, 3]: x right, y up, -z towards ``target``; world z is up in the picture."""
+    """MuJoCo camera axes as columns [3, 3]: x right, y up, -z towards ``target``; world z is up in the
+    picture.
+    """
     back = np.asarray(position, float) - np.asarray(target, float)
     back /= np.linalg.norm(back)
     right = np.cross([0.0, 0.0, 1.0], back)
@@ -76,7 +81,9 @@ def camera_to_world(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> np
 
 
 def project(points: np.ndarray, matrix: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """World points [N, 3] -> pixel coordinates [N, 2] (x right, y down) and depth along the axis [N] in metres."""
+    """World points [N, 3] -> pixel coordinates [N, 2] (x right, y down) and depth along the axis [N] in
+    metres.
+    """
     local = (np.asarray(points) - pose[:3, 3]) @ pose[:3, :3]
     homogeneous = local @ matrix.T
     return homogeneous[:, :2] / homogeneous[:, 2:], local[:, 2]

@@ -11,7 +11,7 @@ from sims import randomization
 from sims.cameras import camera_to_world, check_camera, intrinsics
 from sims.errors import expect, expect_name
 from sims.randomization import Appearance, Randomization
-from sims.rendering import MODALITIES, shared_renderer
+from sims.rendering import MODALITIES, SharedRenderer, shared_renderer
 from sims.simulation import HOME_TCP, PHYSICS_STEP, Simulation
 from sims.tasks import TASKS, make_task
 
@@ -25,23 +25,27 @@ ROTATION_PER_SECOND = 1.5  # radians, at action 1
 class TabletopEnv(gymnasium.Env):
     """A Panda at a table.
 
-    Action [7] float32 in [-1, 1]: TCP translation (1.6 cm per unit at 10 Hz) and rotation vector (0.15 rad per unit),
-    both in the world frame and added to the commanded pose, then the gripper: > 0 opens, < 0 closes, 0 keeps.
+    Action [7] float32 in [-1, 1]: TCP translation (1.6 cm per unit at 10 Hz) and rotation vector (0.15 rad
+    per unit), both in the world frame and added to the commanded pose, then the gripper: > 0 opens, < 0
+    closes, 0 keeps.
 
-    Observation: ``images`` {camera: uint8 [P, P, 3]}; ``state`` float32 [11] = TCP position (3, metres), TCP
-    quaternion wxyz (4, w.r.t. the world), finger opening (1, metres), commanded minus measured TCP position (3,
-    metres); with the modalities ``depth`` {camera: float32 [P, P] metres along the axis} and ``segmentation``
-    {camera: uint8 [P, P]}: 0 background, 1 robot, 2 + i the task's i-th object (``segmentation_classes``).
+    Observation: ``images`` {camera: uint8 [P, P, 3]}; ``state`` float32 [11] = TCP position (3, metres),
+    TCP quaternion wxyz (4, w.r.t. the world), finger opening (1, metres), commanded minus measured TCP
+    position (3, metres); with the modalities ``depth`` {camera: float32 [P, P] metres along the axis} and
+    ``segmentation`` {camera: uint8 [P, P]}: 0 background, 1 robot, 2 + i the task's i-th object
+    (``segmentation_classes``).
 
-    ``info["privileged"]`` float32 [24]: 0-2 object position, 3 object yaw (quarter-turn), 4-6 goal position, 7 drawer
-    opening, 8-10 cue one-hot (red, green, blue), 11 go signal, 12 timer level, 13-15 nominal home TCP, 16 gripper
-    command (+1 open, -1 closed), 17 held successes / 4, 18 step / max_steps, 19-23 task one-hot in the order of
-    ``sims.TASKS``. Lengths in metres. Together with ``state`` it decides what an expert does.
+    ``info["privileged"]`` float32 [24]: 0-2 object position, 3 object yaw (quarter-turn), 4-6 goal
+    position, 7 drawer opening, 8-10 cue one-hot (red, green, blue), 11 go signal, 12 timer level, 13-15
+    nominal home TCP, 16 gripper command (+1 open, -1 closed), 17 held successes / 4, 18 step / max_steps,
+    19-23 task one-hot in the order of ``sims.TASKS``. Lengths in metres. Together with ``state`` it decides
+    what an expert does.
 
-    An episode terminates when success has held for 4 steps or the task is lost, and is truncated at ``max_steps``.
+    An episode terminates when success has held for 4 steps or the task is lost, and is truncated at
+    ``max_steps``.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  Gymnasium's name
 
     def __init__(
         self,
@@ -55,10 +59,32 @@ class TabletopEnv(gymnasium.Env):
         control_hz: float = 10.0,
         **task_options: Any,
     ) -> None:
-        expect(isinstance(image_size, (int, np.integer)) and image_size > 0, "image_size", "a whole number of pixels > 0", repr(image_size))
-        expect(0 < control_hz <= 1 / PHYSICS_STEP, "control_hz", f"a rate in (0, {1 / PHYSICS_STEP:.0f}] Hz", control_hz)
-        expect(not isinstance(cameras, str), "cameras", "a sequence of names", repr(cameras), f"write ({cameras!r},)")
-        expect(not isinstance(modalities, str), "modalities", "a sequence of names", repr(modalities), f"write ({modalities!r},)")
+        expect(
+            isinstance(image_size, (int, np.integer)) and image_size > 0,
+            "image_size",
+            "a whole number of pixels > 0",
+            repr(image_size),
+        )
+        expect(
+            0 < control_hz <= 1 / PHYSICS_STEP,
+            "control_hz",
+            f"a rate in (0, {1 / PHYSICS_STEP:.0f}] Hz",
+            control_hz,
+        )
+        expect(
+            not isinstance(cameras, str),
+            "cameras",
+            "a sequence of names",
+            repr(cameras),
+            f"write ({cameras!r},)",
+        )
+        expect(
+            not isinstance(modalities, str),
+            "modalities",
+            "a sequence of names",
+            repr(modalities),
+            f"write ({modalities!r},)",
+        )
         expect(render_mode in (None, "rgb_array"), "render_mode", "None or 'rgb_array'", repr(render_mode))
         self.cameras = tuple(check_camera(name) for name in cameras)
         self.modalities = tuple(expect_name(name, MODALITIES, "modality") for name in modalities)
@@ -72,10 +98,12 @@ class TabletopEnv(gymnasium.Env):
         self._appearance = Appearance(self.sim.model)
         self._substeps = max(1, round(1 / (control_hz * PHYSICS_STEP)))
         per_step = self._substeps * PHYSICS_STEP
-        self.action_scale = np.array([TRANSLATION_PER_SECOND * per_step] * 3 + [ROTATION_PER_SECOND * per_step] * 3 + [1.0], np.float32)
+        self.action_scale = np.array(
+            [TRANSLATION_PER_SECOND * per_step] * 3 + [ROTATION_PER_SECOND * per_step] * 3 + [1.0], np.float32
+        )
         self.segmentation_classes = ("background", "robot", *self.task.objects)
         self._class_of_geom = self._geom_classes()
-        self._rendering = False
+        self._renderer: SharedRenderer | None = None
         self._running = False
         self.action_space = spaces.Box(-1.0, 1.0, (7,), np.float32)
         self.observation_space = self._observation_space()
@@ -107,6 +135,7 @@ class TabletopEnv(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Start an episode; ``seed`` decides all of it."""
+        expect(not options, "options", "none", options, "pass task options to gymnasium.make")
         super().reset(seed=seed)
         # Separate streams: switching the look on or off leaves the layout of a seed unchanged.
         layout, look = self.np_random.spawn(2)
@@ -138,9 +167,21 @@ class TabletopEnv(gymnasium.Env):
     def _check_action(self, action: np.ndarray) -> np.ndarray:
         values = np.asarray(action, np.float64)
         expect(values.shape == (7,), "action", "shape (7,)", values.shape, "give dx dy dz, rx ry rz, gripper")
-        expect(bool(np.isfinite(values).all()), "action", "finite numbers", values.tolist(), "check the policy for NaN")
+        expect(
+            bool(np.isfinite(values).all()),
+            "action",
+            "finite numbers",
+            values.tolist(),
+            "check the policy for NaN",
+        )
         inside = bool((np.abs(values) <= 1.0 + 1e-6).all())
-        expect(inside, "action", "values in [-1, 1]", values.tolist(), "clip it or divide by env.unwrapped.action_scale")
+        expect(
+            inside,
+            "action",
+            "values in [-1, 1]",
+            values.tolist(),
+            "clip it or divide by env.unwrapped.action_scale",
+        )
         return values
 
     def _state(self) -> np.ndarray:
@@ -176,7 +217,11 @@ class TabletopEnv(gymnasium.Env):
         """The privileged vector float32 [24] described in the class docstring."""
         facts = self.task.facts(self.sim)
         task = np.eye(len(TASKS))[list(TASKS).index(self.task.name)]
-        clock = [1.0 if self.sim.gripper_open else -1.0, self._held / HOLD_STEPS, self.step_count / self.max_steps]
+        clock = [
+            1.0 if self.sim.gripper_open else -1.0,
+            self._held / HOLD_STEPS,
+            self.step_count / self.max_steps,
+        ]
         parts = (
             facts.object_position, [facts.object_yaw], facts.goal_position, [facts.drawer_opening], facts.cue,
             [float(facts.go), facts.timer], HOME_TCP, clock, task,
@@ -187,12 +232,14 @@ class TabletopEnv(gymnasium.Env):
         """A picture now: rgb uint8 [P, P, 3], depth float32 [P, P] metres or segmentation uint8 [P, P]."""
         check_camera(name)
         expect_name(modality, MODALITIES, "modality")
+        size = self.image_size if size is None else size
+        expect(size > 0, "size", "a whole number of pixels > 0", size)
         renderer = shared_renderer()
-        if not self._rendering:
+        if renderer is not self._renderer:
             renderer.retain()
-            self._rendering = True
+            self._renderer = renderer
         model = self.sim.model
-        picture = renderer.render(model, self.sim.data, model.camera(name).id, modality, size or self.image_size)
+        picture = renderer.render(model, self.sim.data, model.camera(name).id, modality, size)
         return self._class_of_geom[picture] if modality == "segmentation" else picture
 
     def render(self) -> np.ndarray | None:
@@ -203,6 +250,6 @@ class TabletopEnv(gymnasium.Env):
 
     def close(self) -> None:
         """Give the renderer back; the last environment of the process frees it."""
-        if self._rendering:
-            shared_renderer().release()
-        self._rendering = False
+        if self._renderer is not None and self._renderer is shared_renderer():
+            self._renderer.release()
+        self._renderer = None

@@ -1,5 +1,8 @@
 """Domain randomisation: what may look or lie different from episode to episode."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names come from compiled modules without stubs.
+
 import dataclasses
 
 import mujoco
@@ -15,8 +18,9 @@ KEPT_COLOURS = ("cue_lamp", "timer_lamp")  # their brightness is the message
 class Randomization:
     """Switches of domain randomisation; each can be used alone.
 
-    colours: shift of every surface colour, and a fresh table grey. lights: strength and direction. cameras: positions
-    and look-at points of the static cameras. spread: factor on the range of object positions (1 = the task's own).
+    colours: shift of every surface colour, and a fresh table grey. lights: strength and direction. cameras:
+    positions and look-at points of the static cameras. spread: factor on the range of object positions (1 =
+    the task's own).
     """
 
     colours: bool = True
@@ -71,7 +75,11 @@ def apply(model: mujoco.MjModel, options: Randomization, rng: np.random.Generato
 
 def _shift_colours(model: mujoco.MjModel, size: float, rng: np.random.Generator) -> None:
     """Geoms that shared a colour keep sharing one, so the robot stays of one piece."""
-    kept = [model.geom(name).id for name in KEPT_COLOURS if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name) >= 0]
+    kept = [
+        model.geom(name).id
+        for name in KEPT_COLOURS
+        if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, name) >= 0
+    ]
     saved = model.geom_rgba[kept].copy()
     colours, owners = np.unique(model.geom_rgba[:, :3], axis=0, return_inverse=True)
     colours = colours + rng.uniform(-size, size, colours.shape)

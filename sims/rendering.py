@@ -1,12 +1,19 @@
 """One GL context for all environments of a process.
 
-Scenes here have no meshes or textures, so the GL context holds nothing that belongs to one model: ``mjv_updateScene``
-takes each environment's own model and data, and fifty environments cost one context and one framebuffer. The context
-is made at the first picture and freed when the last environment that rendered is closed.
+Scenes here have no meshes or textures, so the GL context holds nothing that belongs to one model:
+``mjv_updateScene`` takes each environment's own model and data, and fifty environments cost one context and
+one framebuffer. The context is made at the first picture and freed when the last environment that rendered
+is closed.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names come from compiled modules without stubs.
+
+import atexit
+import contextlib
 import importlib
 import os
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -16,17 +23,17 @@ from sims.errors import expect_name
 MODALITIES = ("rgb", "depth", "segmentation")
 MAX_GEOMS = 200
 GL_ADVICE = (
-    "rendering: expected a working OpenGL off-screen context, got {problem}; install the system packages libegl1 "
-    "libgl1 libgles2 (or libosmesa6 and set MUJOCO_GL=osmesa), or pass cameras=() to run without images"
+    "rendering: expected a working OpenGL off-screen context, got {problem}; install the system packages "
+    "libegl1 libgl1 libgles2 (or libosmesa6 and set MUJOCO_GL=osmesa), or pass cameras=() for no images"
 )
 
 
 def _import_triton_first() -> None:
-    """Mesa and triton each bring an LLVM; when Mesa's is loaded first, importing triton later ends the process."""
-    try:
+    """Mesa and triton each bring an LLVM; when Mesa's is loaded first, importing triton later ends the
+    process.
+    """
+    with contextlib.suppress(ImportError):
         importlib.import_module("triton")
-    except ImportError:
-        pass
 
 
 class SharedRenderer:
@@ -35,7 +42,7 @@ class SharedRenderer:
     def __init__(self) -> None:
         self.users = 0
         self.process = os.getpid()
-        self._context: mujoco.GLContext | None = None
+        self._context: Any = None
         self._size = 0
 
     @property
@@ -55,7 +62,8 @@ class SharedRenderer:
 
     def free(self) -> None:
         """Free the GL context; the next picture makes a new one."""
-        if self._context is not None:
+        if self._context is not None and self.process == os.getpid():
+            atexit.unregister(self.free)
             self._context.make_current()
             self._resources.free()
             self._context.free()
@@ -82,11 +90,15 @@ class SharedRenderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._size = size
+        # Registered after MuJoCo's own clean-up of the display, hence run before it.
+        atexit.register(self.free)
 
     def render(
         self, model: mujoco.MjModel, data: mujoco.MjData, camera: int, modality: str, size: int
     ) -> np.ndarray:
-        """One picture: rgb uint8 [P, P, 3], depth float32 [P, P] in metres, segmentation int32 [P, P] geom id or -1."""
+        """One picture: rgb uint8 [P, P, 3], depth float32 [P, P] in metres, segmentation int32 [P, P] geom
+        id or -1.
+        """
         expect_name(modality, MODALITIES, "modality")
         self._open(model, size)
         assert self._context is not None
@@ -108,7 +120,9 @@ class SharedRenderer:
         return self._geom_ids(pixels) if by_id else pixels
 
     def _read_depth(self, model: mujoco.MjModel, rectangle: mujoco.MjrRect) -> np.ndarray:
-        """Undo the perspective map: with a reversed depth buffer b (1 near, 0 far), z = n f / (n + b (f - n))."""
+        """Undo the perspective map: with a reversed depth buffer b (1 near, 0 far), z = n f / (n + b (f -
+        n)).
+        """
         buffer = np.empty((rectangle.height, rectangle.width), np.float32)
         mujoco.mjr_readPixels(None, buffer, rectangle, self._resources)
         near = model.vis.map.znear * model.stat.extent
@@ -128,11 +142,14 @@ class SharedRenderer:
 
 
 _shared = SharedRenderer()
+_inherited: list[SharedRenderer] = []
 
 
 def shared_renderer() -> SharedRenderer:
-    """The renderer of this process. A forked child gets its own, because GL contexts do not survive a fork."""
+    """The renderer of this process; a forked child gets its own, as GL contexts do not survive a fork."""
     global _shared
     if _shared.process != os.getpid():
+        # Kept alive, never freed: freeing the parent's context from here would end the child.
+        _inherited.append(_shared)
         _shared = SharedRenderer()
     return _shared

@@ -83,8 +83,12 @@ def rollout(env: gymnasium.Env, policy: EpisodePolicy, seed: int) -> Rollout:
     )
 
 
-def evaluate(make_env: Callable[[], gymnasium.Env], policy: BatchPolicy, seeds: Iterable[int]) -> list[Outcome]:
-    """Play all seeds in lock-step, one environment each; finished ones are closed and dropped from the batch."""
+def evaluate(
+    make_env: Callable[[], gymnasium.Env], policy: BatchPolicy, seeds: Iterable[int]
+) -> list[Outcome]:
+    """Play all seeds in lock-step, one environment each; finished ones are closed and dropped from the
+    batch.
+    """
     running: dict[int, tuple[gymnasium.Env, dict, dict]] = {}
     for seed in seeds:
         expect(seed not in running, "seeds", "distinct seeds", f"{seed} twice")

@@ -1,4 +1,9 @@
-"""Physics of one tabletop: the robot driven by TCP pose commands, and small verbs the tasks are written with."""
+"""Physics of one tabletop: the robot driven by TCP pose commands, and small verbs the tasks are written
+with.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names come from compiled modules without stubs.
 
 from typing import TYPE_CHECKING
 
@@ -23,8 +28,9 @@ WORKSPACE_HIGH = np.array([0.72, 0.28, 0.40])
 MAX_LEAD = 0.04  # metres per axis the command may run ahead of a blocked TCP
 MAX_TILT = 1.0  # radians between the commanded orientation and straight down (tilt and yaw together)
 
-# Cubes slide (0.5) but stick to the fingertips (1.5): with a rough table a pushed cube wedges under the fingertips.
-# Cubes touch everything (1, 3); the robot touches objects but not itself (2, 1); furniture touches the robot (0, 2).
+# Cubes slide (0.5) but stick to the fingertips (1.5): with a rough table a pushed cube wedges under the
+# fingertips. Cubes touch everything (1, 3); the robot touches objects but not itself (2, 1); furniture
+# touches the robot (0, 2).
 SCENE_XML = """
 <mujoco model="tabletop">
   <compiler angle="radian" autolimits="true"/>
@@ -41,16 +47,21 @@ SCENE_XML = """
   </asset>
   <default>
     <geom material="matte"/>
-    <default class="object"><geom condim="4" friction="0.5 0.005 0.0001" contype="1" conaffinity="3"/></default>
+    <default class="object">
+      <geom condim="4" friction="0.5 0.005 0.0001" contype="1" conaffinity="3"/>
+    </default>
     <default class="visual"><geom contype="0" conaffinity="0"/></default>
     <default class="fixture"><geom contype="0" conaffinity="2" condim="4"/></default>
     {robot_defaults}
   </default>
   <worldbody>
-    <light name="key" type="directional" pos="0.9 0.5 1.5" dir="-0.35 -0.3 -1" diffuse="0.32 0.32 0.32" specular="0 0 0" castshadow="false"/>
-    <light name="fill" type="directional" pos="0.5 -0.8 1.2" dir="-0.1 0.6 -0.6" diffuse="0.14 0.14 0.16" specular="0 0 0" castshadow="false"/>
+    <light name="key" type="directional" pos="0.9 0.5 1.5" dir="-0.35 -0.3 -1" diffuse="0.32 0.32 0.32"
+      specular="0 0 0" castshadow="false"/>
+    <light name="fill" type="directional" pos="0.5 -0.8 1.2" dir="-0.1 0.6 -0.6" diffuse="0.14 0.14 0.16"
+      specular="0 0 0" castshadow="false"/>
     <geom name="floor" type="box" size="14 14 0.05" pos="0 0 -0.55" rgba="0.13 0.14 0.16 1" class="visual"/>
-    <geom name="table" type="box" size="0.75 0.75 0.03" pos="0.35 0 -0.03" rgba="0.30 0.32 0.35 1" class="object"/>
+    <geom name="table" type="box" size="0.75 0.75 0.03" pos="0.35 0 -0.03" rgba="0.30 0.32 0.35 1"
+      class="object"/>
     {cameras}
     {robot}
     {task}

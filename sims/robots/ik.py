@@ -1,5 +1,8 @@
 """Inverse kinematics of the arm with mink: target TCP pose -> seven joint angles."""
 
+# pyright: reportAttributeAccessIssue=false
+# mujoco's names come from compiled modules without stubs.
+
 import functools
 
 import mink
@@ -12,12 +15,16 @@ ARM_DOFS = 7
 
 
 class ArmIK:
-    """Tracks a TCP pose from a given start configuration. Holds no state between calls, so envs can share one."""
+    """Tracks a TCP pose from a given start configuration. Holds no state between calls, so envs can share
+    one.
+    """
 
     def __init__(self) -> None:
         self.model = mujoco.MjModel.from_xml_string(panda.arm_only_xml())
         self.configuration = mink.Configuration(self.model)
-        self.pose_task = mink.FrameTask("tcp", "site", position_cost=1.0, orientation_cost=0.3, lm_damping=1e-5)
+        self.pose_task = mink.FrameTask(
+            "tcp", "site", position_cost=1.0, orientation_cost=0.3, lm_damping=1e-5
+        )
         # A weak pull to the home posture settles the redundant joint, so equal targets give equal elbows.
         cost = np.zeros(self.model.nv)
         cost[:ARM_DOFS] = 1e-3
@@ -31,14 +38,23 @@ class ArmIK:
         q[ARM_DOFS:] = panda.FINGER_TRAVEL / 2
         return q
 
-    def solve(self, joints: np.ndarray, position: np.ndarray, quaternion: np.ndarray, iterations: int = 2) -> np.ndarray:
-        """Joint angles [7] after ``iterations`` steps from ``joints`` [7] towards a TCP pose (metres, wxyz)."""
+    def solve(
+        self, joints: np.ndarray, position: np.ndarray, quaternion: np.ndarray, iterations: int = 2
+    ) -> np.ndarray:
+        """Joint angles [7] after ``iterations`` steps from ``joints`` [7] towards a TCP pose (metres,
+        wxyz).
+        """
         pose = mink.SE3.from_rotation_and_translation(mink.SO3(quaternion), position)
         self.pose_task.set_target(pose)
         self.configuration.update(self._full(joints))
         for _ in range(iterations):
             velocity = mink.solve_ik(
-                self.configuration, [self.pose_task, self.posture_task], 1.0, "daqp", damping=1e-6, limits=self.limits
+                self.configuration,
+                [self.pose_task, self.posture_task],
+                1.0,
+                "daqp",
+                damping=1e-6,
+                limits=self.limits,
             )
             self.configuration.integrate_inplace(velocity, 1.0)
         return self.configuration.q[:ARM_DOFS].copy()

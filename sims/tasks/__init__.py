@@ -10,7 +10,9 @@ from sims.tasks.open_drawer import OpenDrawer
 from sims.tasks.pick_place import PickPlace
 from sims.tasks.push import Push
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Lift, Push, PickPlace, OpenDrawer, CueDelayReach)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Lift, Push, PickPlace, OpenDrawer, CueDelayReach)
+}
 
 
 def make_task(name: str, **options: object) -> Task:

@@ -33,7 +33,9 @@ class Facts:
 
 
 class Task:
-    """Base of all tasks. One instance belongs to one environment and keeps only the current episode's choices."""
+    """Base of all tasks. One instance belongs to one environment and keeps only the current episode's
+    choices.
+    """
 
     name: ClassVar[str]
     objects: ClassVar[tuple[str, ...]]  # body names; segmentation class 2 + index
@@ -68,7 +70,8 @@ def cube_xml(name: str, position: tuple[float, float] = (0.5, 0.0), *, fixed: bo
     joint = "" if fixed else f'<freejoint name="{name}"/>'
     return (
         f'<body name="{name}" pos="{position[0]} {position[1]} {CUBE_HALF}">{joint}'
-        f'<geom name="{name}" class="object" type="box" size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}" mass="0.1"/></body>'
+        f'<geom name="{name}" class="object" type="box" size="{CUBE_HALF} {CUBE_HALF} {CUBE_HALF}"'
+        ' mass="0.1"/></body>'
     )
 
 

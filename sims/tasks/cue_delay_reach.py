@@ -13,9 +13,10 @@ DARK = (0.05, 0.05, 0.05)
 
 
 class CueDelayReach(Task):
-    """Three cubes in shuffled slots; a lamp shows one colour in frames 0-7, a second lamp brightens until frame
-    ``8 + delay``. From that frame on the TCP must come within 3 cm of the top of the shown cube. Touching a wrong
-    cube, or any cube too early, ends the episode. With ``markov=True`` the lamp keeps showing the colour.
+    """Three cubes in shuffled slots; a lamp shows one colour in frames 0-7, a second lamp brightens until
+    frame ``8 + delay``. From that frame on the TCP must come within 3 cm of the top of the shown cube.
+    Touching a wrong cube, or any cube too early, ends the episode. With ``markov=True`` the lamp keeps
+    showing the colour.
     """
 
     name = "CueDelayReach"
@@ -23,7 +24,12 @@ class CueDelayReach(Task):
     colours = ("red", "green", "blue")
 
     def __init__(self, *, delay: int = 64, markov: bool = False) -> None:
-        expect(isinstance(delay, int) and delay >= 0, "delay", "a whole number of control steps >= 0", repr(delay))
+        expect(
+            isinstance(delay, int) and delay >= 0,
+            "delay",
+            "a whole number of control steps >= 0",
+            repr(delay),
+        )
         self.delay = delay
         self.markov = markov
         self.go_step = CUE_FRAMES + delay
@@ -82,7 +88,7 @@ class CueDelayReach(Task):
         return Facts(
             object_position=cube,
             goal_position=cube + np.array([0.0, 0.0, CUBE_HALF + 0.015]),
-            cue=tuple(float(i == self.cue) for i in range(3)),
+            cue=(float(self.cue == 0), float(self.cue == 1), float(self.cue == 2)),
             go=self.step >= self.go_step,
             timer=self.timer,
         )

@@ -9,7 +9,7 @@ LIFTED = 0.09  # metres, height of the cube's centre
 
 
 class Lift(Task):
-    """ "lift the {colour} cube": done when its centre is more than 9 cm above the table."""
+    """Instruction "lift the {colour} cube": done when its centre is more than 9 cm above the table."""
 
     name = "Lift"
     objects = ("cube",)

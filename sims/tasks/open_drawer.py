@@ -16,22 +16,31 @@ CABINET_XML = f"""
   <geom name="cabinet_right" class="fixture" type="box" pos="-0.080 -0.075 0.0425" size="0.005 0.075 0.0425"/>
   <geom name="cabinet_back" class="fixture" type="box" pos="0 -0.145 0.0425" size="0.080 0.005 0.0425"/>
   <body name="drawer">
-    <joint name="drawer" type="slide" axis="0 1 0" range="0 {TRAVEL}" damping="6" frictionloss="0.8" armature="0.02"/>
-    <geom name="drawer_front" class="fixture" type="box" pos="0 -0.005 0.044" size="0.073 0.005 0.038" mass="0.2"/>
-    <geom name="drawer_floor" class="fixture" type="box" pos="0 -0.073 0.014" size="0.070 0.066 0.004" mass="0.1"/>
-    <geom name="drawer_left" class="fixture" type="box" pos="0.067 -0.073 0.04" size="0.003 0.066 0.025" mass="0.05"/>
-    <geom name="drawer_right" class="fixture" type="box" pos="-0.067 -0.073 0.04" size="0.003 0.066 0.025" mass="0.05"/>
+    <joint name="drawer" type="slide" axis="0 1 0" range="0 {TRAVEL}" damping="6" frictionloss="0.8"
+      armature="0.02"/>
+    <geom name="drawer_front" class="fixture" type="box" pos="0 -0.005 0.044" size="0.073 0.005 0.038"
+      mass="0.2"/>
+    <geom name="drawer_floor" class="fixture" type="box" pos="0 -0.073 0.014" size="0.070 0.066 0.004"
+      mass="0.1"/>
+    <geom name="drawer_left" class="fixture" type="box" pos="0.067 -0.073 0.04" size="0.003 0.066 0.025"
+      mass="0.05"/>
+    <geom name="drawer_right" class="fixture" type="box" pos="-0.067 -0.073 0.04"
+      size="0.003 0.066 0.025" mass="0.05"/>
     <body name="handle">
-      <geom name="handle_bar" class="fixture" type="capsule" fromto="-0.045 {HANDLE[1]} {HANDLE[2]} 0.045 {HANDLE[1]} {HANDLE[2]}" size="0.008" friction="1.5" mass="0.05"/>
-      <geom name="handle_post0" class="fixture" type="capsule" fromto="-0.045 0 {HANDLE[2]} -0.045 {HANDLE[1]} {HANDLE[2]}" size="0.006" mass="0.02"/>
-      <geom name="handle_post1" class="fixture" type="capsule" fromto="0.045 0 {HANDLE[2]} 0.045 {HANDLE[1]} {HANDLE[2]}" size="0.006" mass="0.02"/>
+      <geom name="handle_bar" class="fixture" type="capsule"
+        fromto="-0.045 {HANDLE[1]} {HANDLE[2]} 0.045 {HANDLE[1]} {HANDLE[2]}" size="0.008" friction="1.5"
+        mass="0.05"/>
+      <geom name="handle_post0" class="fixture" type="capsule"
+        fromto="-0.045 0 {HANDLE[2]} -0.045 {HANDLE[1]} {HANDLE[2]}" size="0.006" mass="0.02"/>
+      <geom name="handle_post1" class="fixture" type="capsule"
+        fromto="0.045 0 {HANDLE[2]} 0.045 {HANDLE[1]} {HANDLE[2]}" size="0.006" mass="0.02"/>
     </body>
   </body>
 </body>"""
 
 
 class OpenDrawer(Task):
-    """ "open the drawer": done when it is pulled out by 12 cm or more."""
+    """Instruction "open the drawer": done when it is pulled out by 12 cm or more."""
 
     name = "OpenDrawer"
     objects = ("cabinet", "drawer", "handle")

@@ -29,7 +29,7 @@ def _bin_xml(name: str, y: float) -> str:
 
 
 class PickPlace(Task):
-    """ "put the cube in the {colour} bin": done when the cube lies inside the named bin and the fingers are open."""
+    """Instruction "put the cube in the {colour} bin": done when it lies in the named bin, let go."""
 
     name = "PickPlace"
     objects = ("cube", "bin_left", "bin_right")

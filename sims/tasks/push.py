@@ -3,13 +3,23 @@
 import numpy as np
 
 from sims.simulation import Simulation
-from sims.tasks.base import COLOURS, CUBE_HALF, Facts, Task, choose, cube_xml, disc_xml, sample_xy, wrap_quarter
+from sims.tasks.base import (
+    COLOURS,
+    CUBE_HALF,
+    Facts,
+    Task,
+    choose,
+    cube_xml,
+    disc_xml,
+    sample_xy,
+    wrap_quarter,
+)
 
 ARRIVED = 0.03  # metres between the centres in the plane
 
 
 class Push(Task):
-    """ "push the white cube to the {colour} disc": done when their centres are within 3 cm."""
+    """Instruction "push the white cube to the {colour} disc": done when their centres are within 3 cm."""
 
     name = "Push"
     objects = ("cube", "disc")
