@@ -38,7 +38,8 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Instruction encoder: `hashed` needs no download; `pretrained` loads a CLIP or T5 folder named by `model`."""
+    """Instruction encoder: `hashed` needs no download; `pretrained` loads a CLIP or T5 folder named by
+    `model`."""
 
     kind: Literal["hashed", "pretrained"] = "hashed"
     width: int = 128
@@ -79,7 +80,11 @@ class Preset:
     @property
     def grid(self) -> int:
         """Side of the latent grid."""
-        shrink = self.autoencoder.patch if self.autoencoder.kind == "patch" else 2 ** (len(self.autoencoder.widths) - 1)
+        shrink = (
+            self.autoencoder.patch
+            if self.autoencoder.kind == "patch"
+            else 2 ** (len(self.autoencoder.widths) - 1)
+        )
         return self.image_size // shrink
 
     def unet_arguments(self) -> dict[str, Any]:
@@ -118,7 +123,8 @@ def small() -> Preset:
 
 
 def paper() -> Preset:
-    """The published sizes where they are stated (320 channels, heads of 64, v with zero terminal SNR, rate 5e-5,
+    """The published sizes where they are stated (320 channels, heads of 64, v with zero terminal SNR, rate
+    5e-5,
     clipping at 0.5), on square pictures. Nobody has trained this preset here."""
     return replace(
         small(),

@@ -40,12 +40,16 @@ class Record:
 
     def run(self) -> None:
         report = record_task(self)
-        print(f"kept {report.kept} of {report.tried} episodes, {report.frames} frames in {report.seconds:.0f} s: {self.out}")
+        print(
+            f"kept {report.kept} of {report.tried} episodes, {report.frames} frames "
+            f"in {report.seconds:.0f} s: {self.out}"
+        )
         print(f"next: enerverse train autoencoder --data {self.out} --out runs/mine")
 
 
 class SeededExpert:
-    """The scripted expert of an environment as a recording policy: noise depends on the episode's seed alone."""
+    """The scripted expert of an environment as a recording policy: noise depends on the episode's seed
+    alone."""
 
     def __init__(self, env: gymnasium.Env, noise: float, clean_share: float):
         self.env, self.noise, self.clean_share = env, noise, clean_share

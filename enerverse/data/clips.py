@@ -44,7 +44,8 @@ class Clip:
 class ClipConfig:
     """How windows are cut.
 
-    memory, chunk: K and M. recent: last consecutive frames always in memory. mix: share of training windows whose
+    memory, chunk: K and M. recent: last consecutive frames always in memory. mix: share of training windows
+    whose
     memory is drawn at random, evenly spread, consecutive, or the last frame alone.
     stillness: weight of windows in which nothing moves, relative to an average one; 1 samples uniformly.
     path: read the gripper's commanded position from the state (its first three entries, plus the entries at
@@ -75,7 +76,8 @@ class ClipSampler:
         self._windows, self._weights = self._weigh_windows()
 
     def _weigh_windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """All (episode, last memory frame) pairs, and how often each is drawn: by motion, every task equally."""
+        """All (episode, last memory frame) pairs, and how often each is drawn: by motion, every task
+        equally."""
         windows, energy = [], []
         for index in range(len(self.episodes)):
             frames = self.episodes.latents[self.episodes.span(index)].float()
@@ -93,7 +95,9 @@ class ClipSampler:
     def batch(self, step: int) -> Clip:
         """The training batch of `step`."""
         rng = np.random.default_rng((self.seed, step))
-        rows = self._windows[np.searchsorted(self._weights, rng.random(self.batch_size)).clip(max=len(self._weights) - 1)]
+        rows = self._windows[
+            np.searchsorted(self._weights, rng.random(self.batch_size)).clip(max=len(self._weights) - 1)
+        ]
         memories = [self._draw_memory(int(time), rng) for _, time in rows]
         return self.gather(rows[:, 0], rows[:, 1], memories)
 
@@ -111,7 +115,8 @@ class ClipSampler:
         return [(chosen or [tail[0]])[0]] * (slots - recent - count) + chosen + tail
 
     def gather(self, episode: np.ndarray, time: np.ndarray, memories: list[list[int]]) -> Clip:
-        """The clip of given windows: last memory frame `time` [B] of `episode` [B], memory frames by index."""
+        """The clip of given windows: last memory frame `time` [B] of `episode` [B], memory frames by
+        index."""
         data, config = self.episodes, self.config
         starts = data.starts[torch.from_numpy(np.asarray(episode))]
         ends = data.starts[torch.from_numpy(np.asarray(episode)) + 1]
@@ -122,7 +127,9 @@ class ClipSampler:
         ended = over & data.success[torch.from_numpy(np.asarray(episode))][:, None]
         memory_rows = starts[:, None] + torch.tensor(memories)
         future = data.latents[rows].float().transpose(1, 2)
-        future = future * (~ended)[:, None, :, None, None, None]  # the end-of-task latent is zero: the mean picture
+        future = (
+            future * (~ended)[:, None, :, None, None, None]
+        )  # the end-of-task latent is zero: the mean picture
         actions = _actions_ahead(data.action, ahead - 1, ends)
         rays, path = self.draw_path(np.asarray(episode), data.state[now], actions)
         return Clip(
@@ -139,21 +146,26 @@ class ClipSampler:
         )
 
     def draw_path(self, episode: np.ndarray, state: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Ray maps [B, V, 6, h, w] and path maps [B, V, M, 4, h, w] of `actions` [B, M, A] from `state` [B, S]."""
+        """Ray maps [B, V, 6, h, w] and path maps [B, V, M, 4, h, w] of `actions` [B, M, A] from `state` [B,
+        S]."""
         index = torch.from_numpy(np.asarray(episode))
         intrinsics, poses = self.episodes.intrinsics[index], self.episodes.camera_to_world[index]
         rays = ray_map(intrinsics, poses, self.episodes.image, self.grid)
-        path = commanded_path(gripper_start(state, self.config), actions, torch.tensor(self.config.action_scale))
+        path = commanded_path(
+            gripper_start(state, self.config), actions, torch.tensor(self.config.action_scale)
+        )
         return rays, path_map(path, actions[..., -1], intrinsics, poses, self.episodes.image, self.grid)
 
 
 def gripper_start(state: Tensor, config: ClipConfig) -> Tensor:
-    """Commanded gripper position [B, 3] in metres of proprioception `state` [B, S]: measured plus tracking error."""
+    """Commanded gripper position [B, 3] in metres of proprioception `state` [B, S]: measured plus tracking
+    error."""
     return state[:, :3] + state[:, config.command : config.command + 3]
 
 
 def _actions_ahead(action: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """Actions [B, M, A] taken at `rows`; past the last transition the arm rests and the gripper keeps its command."""
+    """Actions [B, M, A] taken at `rows`; past the last transition the arm rests and the gripper keeps its
+    command."""
     last = (ends - 2).clamp_min(0)[:, None]
     taken = action[torch.minimum(rows, last)]
     resting = (rows > last)[..., None].expand_as(taken).clone()

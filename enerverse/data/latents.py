@@ -21,7 +21,8 @@ class LatentEpisodes:
     """All episodes of a dataset, frames in one row.
 
     latents [N, V, C, h, w] float16, standardised; starts [E + 1] first frame of each episode;
-    state [N, S], action [N, A] executed, label [N, A] what a policy should learn (the clean action where recorded); privileged [N, S'] simulator state
+    state [N, S], action [N, A] executed, label [N, A] what a policy should learn (the clean action where
+    recorded); privileged [N, S'] simulator state
     where recorded;
     intrinsics [E, V, 3, 3], camera_to_world [E, V, 4, 4] of the (static) cameras; success [E] bool;
     tasks: instruction per episode; views; image (H, W); fps.
@@ -54,7 +55,9 @@ class LatentEpisodes:
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        tensors = {
+            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        }
         words = {"tasks": self.tasks, "views": self.views, "image": self.image, "fps": self.fps}
         save_tensors(path, tensors, {key: json.dumps(value) for key, value in words.items()})
 
@@ -92,7 +95,9 @@ def encode_images(autoencoder: nn.Module, images: np.ndarray, batch: int = 64) -
     """Latents float16 [T, V, C, h, w] of uint8 pictures [T, V, H, W, 3]."""
     device = next(autoencoder.parameters()).device
     frames = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3)
-    return torch.cat([autoencoder.encode(part.to(device).float() / 255).half().cpu() for part in frames.split(batch)])
+    return torch.cat(
+        [autoencoder.encode(part.to(device).float() / 255).half().cpu() for part in frames.split(batch)]
+    )
 
 
 def encode_dataset(datasets: Datasets, autoencoder: nn.Module, views: tuple[str, ...]) -> LatentEpisodes:
@@ -127,10 +132,10 @@ def _episode_rows(episode: Episode, autoencoder: nn.Module, views: tuple[str, ..
     privileged = episode.extra.get("privileged", np.zeros((len(episode), 0)))
     return {
         "latents": encode_images(autoencoder, episode.stacked_images),
-        "state": torch.from_numpy(episode.state).float(),
-        "action": torch.from_numpy(episode.action).float(),
-        "label": torch.from_numpy(np.asarray(label)).float(),
-        "privileged": torch.from_numpy(np.asarray(privileged)).float(),
+        "state": torch.from_numpy(np.array(episode.state)).float(),
+        "action": torch.from_numpy(np.array(episode.action)).float(),
+        "label": torch.from_numpy(np.array(label)).float(),
+        "privileged": torch.from_numpy(np.array(privileged)).float(),
         "intrinsics": _first_frame(cameras.intrinsics, 4),
         "camera_to_world": _first_frame(cameras.camera_to_world, 4),
     }
@@ -138,4 +143,4 @@ def _episode_rows(episode: Episode, autoencoder: nn.Module, views: tuple[str, ..
 
 def _first_frame(array: np.ndarray, per_frame_dims: int) -> Tensor:
     """Cameras come as [V, ..] or per frame as [T, V, ..]; anchors are static, so the first frame stands."""
-    return torch.from_numpy(np.asarray(array[0] if array.ndim == per_frame_dims else array)).float()
+    return torch.from_numpy(np.array(array[0] if array.ndim == per_frame_dims else array)).float()

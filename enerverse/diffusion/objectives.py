@@ -37,7 +37,8 @@ def _like(time: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowX0:
-    """Predict x_0 on the flow path. `pure_noise` of the samples sit exactly at t = 1, where features are read."""
+    """Predict x_0 on the flow path. `pure_noise` of the samples sit exactly at t = 1, where features are
+    read."""
 
     shift: float = 3.0
     pure_noise: float = 0.2

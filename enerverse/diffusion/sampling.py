@@ -31,7 +31,8 @@ def denoise(
 ) -> Tensor:
     """Walk `noise` [B, ...] to a clean sample in `steps` steps.
 
-    predict(noisy, time [B]) returns the network's prediction; on_step(index, time, sample) may look at or replace
+    predict(noisy, time [B]) returns the network's prediction; on_step(index, time, sample) may look at or
+    replace
     the sample after every step.
     """
     times = scheduler_times(scheduler, steps, noise.device)
@@ -39,13 +40,17 @@ def denoise(
     for index, (time, step) in enumerate(zip(times, scheduler.timesteps, strict=True)):
         batch_time = time.expand(len(sample)).float()
         prediction = predict(sample, batch_time)
-        sample = scheduler.step(_output(prediction, sample, batch_time, objective, scheduler), step, sample).prev_sample
+        sample = scheduler.step(
+            _output(prediction, sample, batch_time, objective, scheduler), step, sample
+        ).prev_sample
         if on_step is not None:
             sample = on_step(index, time, sample)
     return sample
 
 
-def _output(prediction: Tensor, noisy: Tensor, time: Tensor, objective: Objective, scheduler: Scheduler) -> Tensor:
+def _output(
+    prediction: Tensor, noisy: Tensor, time: Tensor, objective: Objective, scheduler: Scheduler
+) -> Tensor:
     """What the scheduler wants: v for DDIM, the velocity (x_t - x_0) / t on the flow path."""
     if isinstance(scheduler, DDIMScheduler):
         return prediction

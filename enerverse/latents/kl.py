@@ -13,7 +13,9 @@ class KLAutoencoder(ModelMixin, ConfigMixin):
     """[N, 3, P, P] in [0, 1] to standardised latents [N, channels, P/8, P/8] (three halvings by default)."""
 
     @register_to_config
-    def __init__(self, channels: int = 16, widths: tuple[int, ...] = (32, 64, 128, 128), layers_per_block: int = 1):
+    def __init__(
+        self, channels: int = 16, widths: tuple[int, ...] = (32, 64, 128, 128), layers_per_block: int = 1
+    ):
         super().__init__()
         self.channels, self.patch = channels, 2 ** (len(widths) - 1)
         self.kl = AutoencoderKL(
@@ -33,7 +35,9 @@ class KLAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def set_statistics(self, images: Tensor) -> None:
         """Measure the per-channel mean and deviation of the posterior means of `images` [N, 3, P, P]."""
-        latents = torch.cat([self.kl.encode(part * 2 - 1).latent_dist.mode() for part in images.split(64)]).float()
+        latents = torch.cat(
+            [self.kl.encode(part * 2 - 1).latent_dist.mode() for part in images.split(64)]
+        ).float()
         self.latent_mean.copy_(latents.mean((0, 2, 3)))
         self.latent_std.copy_(latents.std((0, 2, 3)).clamp_min(1e-4))
 

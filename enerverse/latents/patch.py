@@ -1,6 +1,7 @@
 """Patch autoencoder: images to a small grid of latents, with every convolution at the latent resolution.
 
-A linear path per patch, initialised from principal components, carries most of the picture from the first step;
+A linear path per patch, initialised from principal components, carries most of the picture from the first
+step;
 a residual convolutional path adds what neighbouring patches know. No convolution runs above the latent grid,
 so training it takes minutes on one core.
 """
@@ -35,7 +36,9 @@ def _residual_path(inputs: int, width: int, outputs: int, blocks: int) -> nn.Seq
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     stages = [ResidualConv(width) for _ in range(blocks)]
-    return nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), *stages, nn.GroupNorm(8, width), nn.SiLU(), last)
+    return nn.Sequential(
+        nn.Conv2d(inputs, width, 3, padding=1), *stages, nn.GroupNorm(8, width), nn.SiLU(), last
+    )
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
@@ -97,7 +100,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         """
         if images.shape[-3] != 3 or images.shape[-1] % self.patch or images.shape[-2] % self.patch:
             raise ValueError(
-                f"images: expected [..., 3, H, W] with sides in multiples of {self.patch}, got {list(images.shape)}; "
+                f"images: expected [..., 3, H, W] with sides in multiples of {self.patch}, "
+                f"got {list(images.shape)}; "
                 "resize the images first"
             )
         flat = self._raw_latents(images.flatten(0, -4) if images.ndim > 4 else images)

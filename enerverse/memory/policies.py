@@ -1,9 +1,11 @@
 """Which past frames a world model sees: inference memory policies behind one small interface.
 
 A policy answers two questions about frame times (integers, 0 = first frame of the episode):
-`select(times, now)` names the K frames that form the context, oldest first, the last observed frame always last;
+`select(times, now)` names the K frames that form the context, oldest first, the last observed frame always
+last;
 `retain(now)` names the frames that must be kept to answer later questions. A policy keeps a bounded number of
-frames however long the rollout is. Source: EnerVerse (arXiv 2501.01895, section 3.1) for sparse memory and the
+frames however long the rollout is. Source: EnerVerse (arXiv 2501.01895, section 3.1) for sparse memory and
+the
 sliding window; EVAC's inference for the fractions 0, 1/3, 2/3, last.
 """
 
@@ -57,9 +59,11 @@ class DenseMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseUniformMemory:
-    """Evenly spread over the whole past, then the last `recent` frames (2 by default: velocity becomes visible).
+    """Evenly spread over the whole past, then the last `recent` frames (2 by default: velocity becomes
+    visible).
 
-    The past is kept as a grid of at most `capacity` frames whose stride doubles as the rollout grows, so the first
+    The past is kept as a grid of at most `capacity` frames whose stride doubles as the rollout grows, so the
+    first
     frame is never lost and memory stays constant. `recent=1` is EVAC's rule: fractions 0, 1/3, 2/3, last.
     """
 
@@ -82,7 +86,8 @@ class SparseUniformMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class FifoMemory:
-    """One frame per chunk: drop the oldest, push the last frame of the newest chunk (EVAC's sparse DDIM loop)."""
+    """One frame per chunk: drop the oldest, push the last frame of the newest chunk (EVAC's sparse DDIM
+    loop)."""
 
     slots: int = 4
     chunk: int = 8
@@ -91,7 +96,9 @@ class FifoMemory:
         return [_nearest(times, max(0, now - lag * self.chunk)) for lag in reversed(range(self.slots))]
 
     def retain(self, times: list[int], now: int) -> list[int]:
-        return [time for time in times if now - time < self.slots * self.chunk and (now - time) % self.chunk == 0]
+        return [
+            time for time in times if now - time < self.slots * self.chunk and (now - time) % self.chunk == 0
+        ]
 
 
 POLICIES = {

@@ -12,7 +12,8 @@ from enerverse.memory.policies import MemoryPolicy
 
 @dataclass(frozen=True)
 class MemoryState:
-    """Frames kept so far. frames [B, V, n, C, h, w] at integer `times` (ascending); `now` is the newest time."""
+    """Frames kept so far. frames [B, V, n, C, h, w] at integer `times` (ascending); `now` is the newest
+    time."""
 
     frames: Tensor
     times: tuple[int, ...]

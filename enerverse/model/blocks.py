@@ -1,4 +1,5 @@
-"""Blocks of the video UNet. Activations are token-major, [B, V, T, h, w, C], so every layer is a dense product."""
+"""Blocks of the video UNet. Activations are token-major, [B, V, T, h, w, C], so every layer is a dense
+product."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from enerverse.model.attention import SelfAttention
 def fourier_features(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal features [..., width] of real `values` [...]."""
     frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(width // 2, device=values.device, dtype=torch.float32) / (width // 2)
+        -math.log(max_period)
+        * torch.arange(width // 2, device=values.device, dtype=torch.float32)
+        / (width // 2)
     )
     angles = values.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
@@ -36,7 +39,8 @@ class FrameConv(nn.Module):
 class TemporalConv(nn.Module):
     """Convolution (3, 1, 1) along time of x [B, V, T, h, w, C]; starts at zero.
 
-    A frame's cells are laid out as one row, so the (3, 1, 1) convolution is a 2-D one of kernel (3, 1) without a copy.
+    A frame's cells are laid out as one row, so the (3, 1, 1) convolution is a 2-D one of kernel (3, 1)
+    without a copy.
     """
 
     def __init__(self, width: int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 
 class HashedTextEncoder(ModelMixin, ConfigMixin):
-    """Words and word pairs hashed into a table of learned vectors, averaged. Needs no download and no vocabulary."""
+    """Words and word pairs hashed into a table of learned vectors, averaged. Needs no download and no
+    vocabulary."""
 
     @register_to_config
     def __init__(self, width: int = 128, buckets: int = 1024):
@@ -23,7 +25,7 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
     def tokenize(self, text: str) -> list[int]:
         """Bucket of every word and of every pair of neighbouring words, in order."""
         words = re.findall(r"[a-z0-9]+", text.lower()) or [""]
-        pairs = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+        pairs = [f"{first} {second}" for first, second in itertools.pairwise(words)]
         return [zlib.crc32(item.encode()) % self.buckets for item in words + pairs]
 
     def forward(self, texts: list[str]) -> Tensor:
@@ -38,7 +40,8 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
 class PretrainedTextEncoder(ModelMixin, ConfigMixin):
     """A frozen CLIP or T5 text encoder and a trained linear map of its mean token.
 
-    The paper's text names T5 in section 3 and CLIP in appendix A; either fits here. `model` is a local folder or a
+    The paper's text names T5 in section 3 and CLIP in appendix A; either fits here. `model` is a local
+    folder or a
     hub name understood by `transformers`; the frozen weights are not written into checkpoints.
     """
 
@@ -50,7 +53,9 @@ class PretrainedTextEncoder(ModelMixin, ConfigMixin):
         family = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
         kind = AutoConfig.from_pretrained(model).model_type
         if kind not in family:
-            raise ValueError(f"model: expected a CLIP or T5 text encoder, got model type {kind!r}; choose another folder")
+            raise ValueError(
+                f"model: expected a CLIP or T5 text encoder, got model type {kind!r}; choose another folder"
+            )
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         # A tuple keeps the frozen encoder out of the module tree, hence out of checkpoints and optimisers.
         self._frozen = (family[kind].from_pretrained(model).eval().requires_grad_(False),)
@@ -60,7 +65,9 @@ class PretrainedTextEncoder(ModelMixin, ConfigMixin):
     def forward(self, texts: list[str]) -> Tensor:
         """[len(texts), width]."""
         encoder = self._frozen[0].to(self.project.weight.device)
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(self.project.weight.device)
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(
+            self.project.weight.device
+        )
         with torch.no_grad():
             hidden = encoder(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None]

@@ -16,11 +16,11 @@ RAY_CHANNELS = 6
 PATH_CHANNELS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Conditions:
     """What one denoising pass is told besides the noisy latents.
 
-    memory [B, V, K, C, h, w] clean context, oldest first; offsets [B, K] their times relative to the last (<= 0);
+    memory [B, V, K, C, h, w] clean context, oldest first; offsets [B, K] their times to the last (<= 0);
     rays [B, V, 6, h, w]; text [B, E] instruction embedding or zeros;
     actions [B, M, A] in [-1, 1] and path [B, V, M, 4, h, w] (`enerverse.views.path_map`), or None for both:
     then the model imagines from the instruction alone.
@@ -38,7 +38,8 @@ class Conditions:
 class VideoUNet(ModelMixin, ConfigMixin):
     """Predicts the diffusion target of M future frames, all views at once.
 
-    Input channels per frame, as in EnerVerse (arXiv 2501.01895) and EVAC: latents (clean for memory, noisy for the
+    Input channels per frame, as in EnerVerse (arXiv 2501.01895) and EVAC: latents (clean for memory, noisy
+    for the
     future), the last memory frame repeated, a mask that marks the future, and a 6-channel ray map; for
     action-conditioned passes four more hold where the commanded gripper lies in each picture.
     """
@@ -60,7 +61,9 @@ class VideoUNet(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if grid % 2 ** (len(widths) - 1):
-            raise ValueError(f"grid: expected a multiple of {2 ** (len(widths) - 1)} for {len(widths)} levels, got {grid}")
+            raise ValueError(
+                f"grid: expected a multiple of {2 ** (len(widths) - 1)} for {len(widths)} levels, got {grid}"
+            )
         self.channels, self.memory, self.chunk = channels, memory, chunk
         self.feature_width, self.feature_grid = widths[-1], grid // 2 ** (len(widths) - 1)
 
@@ -68,14 +71,21 @@ class VideoUNet(ModelMixin, ConfigMixin):
             heads = max(1, widths[level] // head_width)
             count = max(1, blocks[level])
             return nn.ModuleList(
-                SpaceTimeBlock(widths[level], embedding, heads, attention=blocks[level] > 0) for _ in range(count)
+                SpaceTimeBlock(widths[level], embedding, heads, attention=blocks[level] > 0)
+                for _ in range(count)
             )
 
         self.inputs = FrameConv(2 * channels + 1 + RAY_CHANNELS + PATH_CHANNELS, widths[0])
         self.place = nn.Parameter(torch.zeros(grid, grid, widths[0]))
-        self.time_mlp = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.slot_mlp = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.text_mlp = nn.Sequential(nn.Linear(text_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.time_mlp = nn.Sequential(
+            nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.slot_mlp = nn.Sequential(
+            nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.text_mlp = nn.Sequential(
+            nn.Linear(text_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
         self.action_mlp = nn.Sequential(
             nn.Linear(2 * action_dim, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
@@ -94,7 +104,8 @@ class VideoUNet(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.out.conv.bias)
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 = pure noise)."""
+        """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 =
+        pure noise)."""
         x, embedding, skips = self._descend(noisy, time, conditions)
         for level in reversed(range(len(self.up))):
             x = x + self.merge[level](skips[level])
@@ -109,7 +120,9 @@ class VideoUNet(ModelMixin, ConfigMixin):
         """Mid-block activations [B, V, K + M, h', w', D] after one pass down; the way up is not run."""
         return self._descend(noisy, time, conditions)[0]
 
-    def _descend(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _descend(
+        self, noisy: Tensor, time: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         embedding = F.silu(self._embed(time, conditions))
         x = self.inputs(self._stack_inputs(noisy, conditions))
         # The residual stream stays in the autocast dtype: on a CPU this halves the memory traffic of a step.

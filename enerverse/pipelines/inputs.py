@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Checked inputs: latents [B, V, n, C, h, w], text [B, E], cameras [B, V, ..], rays, and the plan if any."""
+    """Checked inputs: latents [B, V, n, C, h, w], text [B, E], cameras [B, V, ..], rays, and the plan if
+    any."""
 
     latents: Tensor
     texts: list[str]
@@ -30,7 +31,8 @@ class Observation:
     path: Tensor | None = None
 
     def plan(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
-        """Actions and path maps of frames start .. start + count, resting past their end; None without actions."""
+        """Actions and path maps of frames start .. start + count, resting past their end; None without
+        actions."""
         if self.actions is None or self.path is None:
             return None
         return self.actions[:, start : start + count], self.path[:, :, start : start + count]
@@ -46,13 +48,22 @@ def read_images(images: Any, views: tuple[str, ...], size: int) -> Tensor:
     frames = frames[None] if frames.ndim == 5 else frames
     expected = f"[B, n, {len(views)}, 3, {size}, {size}]"
     if frames.ndim != 6 or frames.shape[3] != 3:
-        raise ValueError(f"images: expected {expected}, got {list(frames.shape)}; stack time, then views {views}")
+        raise ValueError(
+            f"images: expected {expected}, got {list(frames.shape)}; stack time, then views {views}"
+        )
     if frames.shape[2] != len(views):
-        raise ValueError(f"images: expected {len(views)} views {views}, got {frames.shape[2]}; give them in this order")
+        raise ValueError(
+            f"images: expected {len(views)} views {views}, got {frames.shape[2]}; give them in this order"
+        )
     if tuple(frames.shape[-2:]) != (size, size):
-        raise ValueError(f"images: expected {size} x {size} pixels, got {frames.shape[-2]} x {frames.shape[-1]}; resize them")
+        raise ValueError(
+            f"images: expected {size} x {size} pixels, got {frames.shape[-2]} x {frames.shape[-1]}; "
+            "resize them"
+        )
     if frames.shape[1] < 1:
-        raise ValueError("images: expected at least one observed frame, got none; give the frames seen so far")
+        raise ValueError(
+            "images: expected at least one observed frame, got none; give the frames seen so far"
+        )
     if not torch.isfinite(frames).all() or frames.min() < 0 or frames.max() > 1:
         raise ValueError("images: expected finite values in [0, 1], got others; divide 8-bit images by 255")
     return frames.float()
@@ -63,7 +74,9 @@ def read_cameras(cameras: Any, views: tuple[str, ...], size: int, batch: int) ->
     if isinstance(cameras, Cameras):
         missing = [view for view in views if view not in cameras.names]
         if missing:
-            raise ValueError(f"cameras: expected the views {views}, got {cameras.names} without {missing[0]!r}")
+            raise ValueError(
+                f"cameras: expected the views {views}, got {cameras.names} without {missing[0]!r}"
+            )
         chosen = cameras.select(views).scaled_to(size, size)
         intrinsics, poses = torch.as_tensor(chosen.intrinsics), torch.as_tensor(chosen.camera_to_world)
     else:
@@ -81,10 +94,17 @@ def read_cameras(cameras: Any, views: tuple[str, ...], size: int, batch: int) ->
 def _check_rigid(poses: Tensor, views: tuple[str, ...]) -> None:
     rotation = poses[..., :3, :3]
     error = (rotation.transpose(-1, -2) @ rotation - torch.eye(3)).abs().amax((-1, -2))
-    bad = (error > 1e-3) | ((torch.linalg.det(rotation) - 1).abs() > 1e-3) | ~torch.isfinite(poses).all(-1).all(-1)
+    bad = (
+        (error > 1e-3)
+        | ((torch.linalg.det(rotation) - 1).abs() > 1e-3)
+        | ~torch.isfinite(poses).all(-1).all(-1)
+    )
     if bad.any():
         view = views[int(bad.reshape(-1, len(views)).any(0).float().argmax())]
-        raise ValueError(f"cameras: expected a rigid camera_to_world (rotation, determinant +1) for {view!r}, got another matrix")
+        raise ValueError(
+            f"cameras: expected a rigid camera_to_world (rotation, determinant +1) for {view!r}, "
+            "got another matrix"
+        )
 
 
 def read_actions(actions: Any, name: str, batch: int, steps: int | None, width: int) -> Tensor:
@@ -93,11 +113,15 @@ def read_actions(actions: Any, name: str, batch: int, steps: int | None, width: 
     values = values[None] if values.ndim == 2 else values
     wrong = values.ndim != 3 or values.shape[-1] != width or len(values) != batch
     if wrong or (steps is not None and values.shape[1] < steps):
-        raise ValueError(f"{name}: expected [{batch}, {steps}, {width}], got {list(values.shape)}; one action per frame")
+        raise ValueError(
+            f"{name}: expected [{batch}, {steps}, {width}], got {list(values.shape)}; one action per frame"
+        )
     if not torch.isfinite(values).all():
         raise ValueError(f"{name}: expected finite values, got NaN or infinity; check what produced them")
     if values.abs().max() > 1 + 1e-6:
-        raise ValueError(f"{name}: expected values in [-1, 1], got {float(values.abs().max()):.3g}; normalise or clip them")
+        raise ValueError(
+            f"{name}: expected values in [-1, 1], got {float(values.abs().max()):.3g}; normalise or clip them"
+        )
     return values
 
 
@@ -131,9 +155,13 @@ def read_observation(
     if actions is None:
         return seen
     if state is None:
-        raise ValueError("state: expected proprioception [B, S] beside actions, got None; pass the last observed state")
+        raise ValueError(
+            "state: expected proprioception [B, S] beside actions, got None; pass the last observed state"
+        )
     chunk = pipe.unet.config.chunk
-    moves = read_actions(actions, "actions", len(frames), num_frames, pipe.unet.config.action_dim).to(pipe.device)
+    moves = read_actions(actions, "actions", len(frames), num_frames, pipe.unet.config.action_dim).to(
+        pipe.device
+    )
     resting = torch.zeros_like(moves[:, -1:]).repeat(1, -moves.shape[1] % chunk, 1)
     resting[..., -1] = moves[:, -1:, -1]
     moves = torch.cat([moves, resting], 1)

@@ -55,7 +55,9 @@ class EnerVersePipeline(DiffusionPipeline):
         command: int = 8,
     ):
         super().__init__()
-        self.register_modules(autoencoder=autoencoder, unet=unet, text_encoder=text_encoder, scheduler=scheduler)
+        self.register_modules(
+            autoencoder=autoencoder, unet=unet, text_encoder=text_encoder, scheduler=scheduler
+        )
         self.register_to_config(
             views=tuple(views),
             image_size=image_size,
@@ -84,7 +86,10 @@ class EnerVersePipeline(DiffusionPipeline):
     def make_memory(self, name: str | None = None) -> MemoryPolicy:
         """The memory policy `name` (default: the checkpoint's) with this model's number of slots."""
         name = name or self.config.memory_policy
-        options = {"sparse_uniform": {"recent": self.config.recent}, "fifo": {"chunk": self.unet.config.chunk}}
+        options = {
+            "sparse_uniform": {"recent": self.config.recent},
+            "fifo": {"chunk": self.unet.config.chunk},
+        }
         return make_memory(name, slots=self.unet.config.memory, **options.get(name, {}))
 
     @torch.no_grad()
@@ -107,9 +112,11 @@ class EnerVersePipeline(DiffusionPipeline):
     ) -> Imagination:
         """Imagine `num_frames` frames after the observed ones, chunk by chunk.
 
-        images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left out);
+        images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left
+        out);
         cameras: `dataengine.cameras.Cameras` or a (intrinsics [V, 3, 3], camera_to_world [V, 4, 4]) pair;
-        actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the last observed frame turn
+        actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the last observed frame
+        turn
         imagination into simulation. Raises ValueError, in one sentence, for wrong shapes, values or names.
         """
         if output_type not in ("pt", "np", "latent"):
@@ -121,7 +128,8 @@ class EnerVersePipeline(DiffusionPipeline):
         starts = range(0, num_frames, self.unet.config.chunk)
         for start in self.progress_bar(list(starts)):
             chunk, past = self.imagine_chunk(
-                past, policy, seen.rays, seen.text, seen.plan(start, self.unet.config.chunk), num_inference_steps,
+                past, policy, seen.rays, seen.text, seen.plan(start, self.unet.config.chunk),
+                num_inference_steps,
                 guidance_scale, generator, callback_on_step_end,
             )  # fmt: skip
             ended = torch.where(ended < 0, self.find_end(chunk, start), ended)
@@ -144,12 +152,12 @@ class EnerVersePipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         on_step: Callable[..., dict[str, Tensor]] | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """One chunk of M frames [B, V, M, C, h, w] and the memory that has seen it. Cost does not depend on the past."""
+        """One chunk of M frames [B, V, M, C, h, w] and the memory that has seen it. Cost does not depend on
+        the past."""
         context, offsets = read_context(policy, past)
         actions, path = plan if plan is not None else (None, None)
-        told = Conditions(memory=context, offsets=offsets[None], rays=rays, text=text, actions=actions, path=path)
-        free = Conditions(memory=context, offsets=offsets[None], rays=rays, text=torch.zeros_like(text), actions=actions,
-                          path=path)  # fmt: skip
+        told = Conditions(context, offsets[None], rays, text, actions, path)
+        free = Conditions(context, offsets[None], rays, torch.zeros_like(text), actions, path)
         shape = (*context.shape[:2], self.unet.config.chunk, *context.shape[3:])
         noise = torch.randn(shape, generator=generator, device="cpu").to(context)
 
@@ -191,7 +199,8 @@ class EnerVersePipeline(DiffusionPipeline):
             yield self.read_out(chunk, "pt")
 
     def find_end(self, chunk: Tensor, start: int = 0) -> Tensor:
-        """First frame [B] (counted from `start`) whose latents lie within `end_threshold` (mean L1) of the end-of-task
+        """First frame [B] (counted from `start`) whose latents lie within `end_threshold` (mean L1) of the
+        end-of-task
         latent, zero; -1 where none does."""
         near = chunk.abs().mean((1, 3, 4, 5)) < self.config.end_threshold
         first = near.float().argmax(1) + start
@@ -201,18 +210,21 @@ class EnerVersePipeline(DiffusionPipeline):
         """Frames of latents [B, V, T, C, h, w] in the form that `output_type` names."""
         if output_type == "latent":
             return latents
-        frames = torch.stack([self.autoencoder.decode(view.transpose(0, 1)) for view in latents.transpose(1, 2)])
+        frames = torch.stack([self.autoencoder.decode(episode) for episode in latents.transpose(1, 2)])
         if output_type == "pt":
             return frames
         return (frames.permute(0, 1, 2, 4, 5, 3) * 255).round().byte().cpu().numpy()
 
     def draw_plan(self, seen: Observation, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [B, T, A] and the path maps [B, V, T, 4, h, w] that they trace from proprioception `state`."""
+        """Actions [B, T, A] and the path maps [B, V, T, 4, h, w] that they trace from proprioception
+        `state`."""
         scale = torch.tensor(self.config.action_scale, device=actions.device)
         start = state[:, :3] + state[:, self.config.command : self.config.command + 3]
         path = commanded_path(start, actions, scale)
         size = (self.config.image_size, self.config.image_size)
-        return actions, path_map(path, actions[..., -1], seen.intrinsics, seen.camera_to_world, size, seen.grid)
+        return actions, path_map(
+            path, actions[..., -1], seen.intrinsics, seen.camera_to_world, size, seen.grid
+        )
 
     def draw_rays(self, intrinsics: Tensor, camera_to_world: Tensor, grid: tuple[int, int]) -> Tensor:
         """Ray maps [B, V, 6, h, w] of the cameras at latent resolution."""

@@ -18,7 +18,8 @@ FRAMES_SEEN = 2
 class PolicyInputs:
     """Inputs of B decisions; None where a policy does not use one.
 
-    state [B, S]; latents [B, 2, V, C, h, w] of the last two frames; world [B, F, V, h', w', D] mid-block features;
+    state [B, S]; latents [B, 2, V, C, h, w] of the last two frames; world [B, F, V, h', w', D] mid-block
+    features;
     pixels [B, 2, V, 3, P, P] in [0, 1]; privileged [B, S']; texts: B instructions.
     """
 
@@ -32,13 +33,16 @@ class PolicyInputs:
     def to(self, device: torch.device | str) -> PolicyInputs:
         """The same inputs with tensors on `device`, in float32."""
         moved = {
-            f.name: value.to(device).float() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: value.to(device).float()
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 
 
 class SpatialSoftmax(nn.Module):
-    """Expected image position of every channel: [N, C, h, w] -> [N, 2 C], in [-1, 1] (Levine et al., 2016)."""
+    """Expected image position of every channel: [N, C, h, w] -> [N, 2 C], in [-1, 1] (Levine et al.,
+    2016)."""
 
     def forward(self, x: Tensor) -> Tensor:
         ys = torch.linspace(-1, 1, x.shape[-2], device=x.device)
@@ -70,7 +74,9 @@ class PictureTokens(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """[B, 2, V, C, h, w] -> [B, V * 17, D]."""
         b, n, v, c, h, w = pictures.shape
-        x = self.net(pictures.transpose(1, 2).reshape(b * v, n * c, h, w).contiguous(memory_format=torch.channels_last))
+        x = self.net(
+            pictures.transpose(1, 2).reshape(b * v, n * c, h, w).contiguous(memory_format=torch.channels_last)
+        )
         points = self.point_token(self.locate(self.points(x)))[:, None]
         patches = self.patch_token(F.adaptive_avg_pool2d(x, 4).flatten(2).transpose(1, 2)) + self.place
         tokens = torch.cat([points, patches], 1).view(b, v, 17, -1) + self.view
@@ -121,9 +127,15 @@ class ConditionTokens(nn.Module):
         body = inputs.state if inputs.privileged is None else torch.cat([inputs.state, inputs.privileged], 1)
         body = ((body - self.state_mean) / self.state_std).clamp(-5, 5)
         rows = [self.text(list(inputs.texts))[:, None], self.state(body)[:, None]]
-        for module, value in ((self.latents, inputs.latents), (self.pixels, inputs.pixels), (self.world, inputs.world)):
+        for module, value in (
+            (self.latents, inputs.latents),
+            (self.pixels, inputs.pixels),
+            (self.world, inputs.world),
+        ):
             if module is not None:
                 if value is None:
-                    raise ValueError("inputs: expected every input that this policy was trained on, got None for one")
+                    raise ValueError(
+                        "inputs: expected every input that this policy was trained on, got None for one"
+                    )
                 rows.append(module(value))
         return torch.cat(rows, 1)

@@ -12,8 +12,10 @@ Condition = Literal["tokens", "mean"]
 class PolicyConfig:
     """What the action head sees and how big it is.
 
-    world: read the world model's mid-block feature, as spatial `tokens`, pooled `mean` (the paper's), or None.
-    latents: read the frozen latents of the last two frames; pixels: read the last two frames with a trained CNN;
+    world: read the world model's mid-block feature, as spatial `tokens`, pooled `mean` (the paper's), or
+    None.
+    latents: read the frozen latents of the last two frames; pixels: read the last two frames with a trained
+    CNN;
     privileged: width of a simulator-state input (0 for none), for the policy that proves the harness.
     frames: which frames of the window give world tokens (memory frames first, then imagined ones).
     chunk: actions predicted; execute: actions carried out before looking again; steps: denoising steps.
@@ -25,7 +27,7 @@ class PolicyConfig:
     privileged: int = 0
     frames: tuple[int, ...] = (3, 7, 11)
     width: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     keypoints: int = 48
     chunk: int = 8
@@ -39,4 +41,6 @@ class PolicyConfig:
         if not 1 <= self.execute <= self.chunk:
             raise ValueError(f"execute: expected 1 to {self.chunk} (the chunk), got {self.execute}")
         if self.world is None and not (self.latents or self.pixels or self.privileged):
-            raise ValueError("policy inputs: expected at least one of world, latents, pixels or privileged, got none")
+            raise ValueError(
+                "policy inputs: expected at least one of world, latents, pixels or privileged, got none"
+            )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from enerverse.model import Conditions
-
-if TYPE_CHECKING:
-    from enerverse.pipelines.world import EnerVersePipeline
+from enerverse.model import Conditions, VideoUNet
 
 
-def fixed_noise(unet: torch.nn.Module, views: int) -> Tensor:
+def fixed_noise(unet: VideoUNet, views: int) -> Tensor:
     """The one noise tensor [1, V, M, C, h, w] that features are always read with, so they do not flicker."""
     config = unet.config
     shape = (1, views, config.chunk, config.channels, config.grid, config.grid)
@@ -22,14 +17,14 @@ def fixed_noise(unet: torch.nn.Module, views: int) -> Tensor:
 
 @torch.no_grad()
 def read_features(
-    pipe: EnerVersePipeline, memory: Tensor, offsets: Tensor, rays: Tensor, text: Tensor, frames: tuple[int, ...]
+    unet: VideoUNet, memory: Tensor, offsets: Tensor, rays: Tensor, text: Tensor, frames: tuple[int, ...]
 ) -> Tensor:
     """Mid-block features [B, F, V, h', w', D] of the window frames `frames` for memory [B, V, K, C, h, w].
 
     One backbone pass at pure noise, the way up is not run (EnerVerse, section 2.3: the first denoising step).
     """
-    noise = fixed_noise(pipe.unet, memory.shape[1]).to(memory).expand(len(memory), -1, -1, -1, -1, -1)
+    noise = fixed_noise(unet, memory.shape[1]).to(memory).expand(len(memory), -1, -1, -1, -1, -1)
     time = torch.ones(len(memory), device=memory.device)
     conditions = Conditions(memory=memory, offsets=offsets, rays=rays, text=text)
-    features = pipe.unet.features(noise, time, conditions)
+    features = unet.features(noise, time, conditions)
     return features[:, :, list(frames)].transpose(1, 2)

@@ -26,7 +26,11 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.keys, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.query, self.keys, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -45,7 +49,9 @@ class ActionBlock(nn.Module):
         super().__init__()
         self.self_attention = SelfAttention(width, heads)
         self.cross_attention = CrossAttention(width, heads)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, R, M, C]: R noise draws share one condition [B, S, C]."""
@@ -56,7 +62,8 @@ class ActionBlock(nn.Module):
 
 
 class ActionHead(ModelMixin, ConfigMixin):
-    """Predicts x_0 of an action chunk (EnerVerse-A predicts the sample, DDPM-style; here on the flow path)."""
+    """Predicts x_0 of an action chunk (EnerVerse-A predicts the sample, DDPM-style; here on the flow
+    path)."""
 
     objective = FlowX0(shift=1.0, pure_noise=0.1)
 
@@ -71,23 +78,30 @@ class ActionHead(ModelMixin, ConfigMixin):
         super().__init__()
         self.settings = from_dict(PolicyConfig, policy or {})
         config = self.settings
-        self.condition = ConditionTokens(config, views, latent_channels, tuple(world_shape) if world_shape else None)
+        self.condition = ConditionTokens(
+            config, views, latent_channels, tuple(world_shape) if world_shape else None
+        )
         self.register_buffer("action_mean", torch.zeros(config.action_dim))
         self.register_buffer("action_std", torch.ones(config.action_dim))
         self.inputs = nn.Linear(config.action_dim, config.width)
         self.place = nn.Parameter(0.02 * torch.randn(config.chunk, config.width))
-        self.time = nn.Sequential(nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.time = nn.Sequential(
+            nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
         self.blocks = nn.ModuleList(ActionBlock(config.width, config.heads) for _ in range(config.layers))
         self.out = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.action_dim))
 
     @classmethod
-    def build(cls, config: PolicyConfig, views: int, channels: int, world_shape: tuple[int, ...] | None) -> ActionHead:
+    def build(
+        cls, config: PolicyConfig, views: int, channels: int, world_shape: tuple[int, ...] | None
+    ) -> ActionHead:
         """A head from a `PolicyConfig`."""
         return cls(asdict(config), views, channels, world_shape if config.world else None)
 
     @torch.no_grad()
     def set_statistics(self, body: Tensor, actions: Tensor) -> None:
-        """Store the mean and deviation of proprioception (with privileged entries) [N, S] and actions [N, A]."""
+        """Store the mean and deviation of proprioception (with privileged entries) [N, S] and actions [N,
+        A]."""
         self.condition.state_mean.copy_(body.mean(0))
         self.condition.state_std.copy_(body.std(0).clamp_min(1e-3))
         self.action_mean.copy_(actions.mean(0))

@@ -14,7 +14,9 @@ class AutoencoderTask:
     function of the step.
     """
 
-    def __init__(self, module: nn.Module, images: Tensor, *, batch: int = 32, seed: int = 0, moving_weight: float = 5.0):
+    def __init__(
+        self, module: nn.Module, images: Tensor, *, batch: int = 32, seed: int = 0, moving_weight: float = 5.0
+    ):
         self.module, self.images = module, images
         self.batch_size, self.seed, self.moving_weight = batch, seed, moving_weight
         sample = images[:: max(1, len(images) // 200)]
@@ -29,7 +31,9 @@ class AutoencoderTask:
         moving = (images - self.background[views]).abs().amax(1, keepdim=True) > 20 / 255
         return images, 1 + (self.moving_weight - 1) * moving
 
-    def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, batch: tuple[Tensor, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
         """0.5 L1 + squared error, weighted; plus a small KL term where the autoencoder has one."""
         device = next(self.module.parameters()).device
         images, weights = (part.to(device) for part in batch)

@@ -26,7 +26,9 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     save_tensors(temporary / "model.safetensors", module.state_dict())
     save_tensors(temporary / "average.safetensors", average.average)
-    save_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer), {"step": json.dumps(step)})
+    save_tensors(
+        temporary / "optimizer.safetensors", _optimizer_tensors(optimizer), {"step": json.dumps(step)}
+    )
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in list_checkpoints(run)[:-KEPT]:
@@ -53,7 +55,11 @@ def load_checkpoint(
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, row in state.items() for name, value in row.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, row in state.items()
+        for name, value in row.items()
+    }
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -24,7 +24,8 @@ from enerverse.train.ema import WeightAverage
 
 
 class Task(Protocol):
-    """What is trained. `batch` and `loss` are pure functions of the step, so a resumed run repeats exactly."""
+    """What is trained. `batch` and `loss` are pure functions of the step, so a resumed run repeats
+    exactly."""
 
     module: nn.Module
 
@@ -35,7 +36,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimisation: AdamW, linear warm-up, cosine to `final` of the rate, clipping by norm, averaged weights."""
+    """Optimisation: AdamW, linear warm-up, cosine to `final` of the rate, clipping by norm, averaged
+    weights."""
 
     steps: int = 1000
     batch: int = 8
@@ -63,7 +65,9 @@ class TrainConfig:
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.rate * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        return self.rate * (
+            self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        )
 
 
 class TrainingStopped(Exception):
@@ -86,19 +90,30 @@ def train(
 ) -> nn.Module:
     """Train `task.module` for `config.steps` steps in the folder `run` and return it with averaged weights.
 
-    Goes on from the newest checkpoint in `run`. Raises TrainingStopped after Ctrl-C (state saved) and NotFinite,
+    Goes on from the newest checkpoint in `run`. Raises TrainingStopped after Ctrl-C (state saved) and
+    NotFinite,
     naming the step, when the loss is no longer a number (the last checkpoint stays).
     """
     accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
     optimizer = torch.optim.AdamW(
-        task.module.parameters(), lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+        task.module.parameters(),
+        lr=config.rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        foreach=True,
     )
     module, optimizer = accelerator.prepare(task.module, optimizer)
     plain = accelerator.unwrap_model(module)
     average = WeightAverage(plain, config.average)
     start = _resume(run, plain, average, optimizer)
     writer = _tensorboard(run) if config.tensorboard else None
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=name, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        range(start, config.steps),
+        initial=start,
+        total=config.steps,
+        desc=name,
+        disable=not sys.stderr.isatty(),
+    )
     began = time.perf_counter()
     with _interruptible() as interrupted:
         for step in bar:
@@ -106,14 +121,24 @@ def train(
             average.update(plain, step + 1)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                row |= {"step": done, "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time()}
+                row |= {
+                    "step": done,
+                    "seconds": time.perf_counter() - began,
+                    "cpu_seconds": time.process_time(),
+                }
                 _record(run, row, bar, writer)
-            if evaluate is not None and evaluate_every and (done % evaluate_every == 0 or done == config.steps):
+            if (
+                evaluate is not None
+                and evaluate_every
+                and (done % evaluate_every == 0 or done == config.steps)
+            ):
                 append_metrics(run, {"step": done, **_evaluate_average(plain, average, evaluate, done)})
             if done % config.save_every == 0 or done == config.steps or interrupted():
                 save_checkpoint(run, done, plain, average, optimizer)
             if interrupted() and done < config.steps:
-                raise TrainingStopped(f"stopped after step {done}, saved in {run}; run the same command again to go on")
+                raise TrainingStopped(
+                    f"stopped after step {done}, saved in {run}; run the same command again to go on"
+                )
     plain.load_state_dict(average.average)
     return plain
 
@@ -136,17 +161,20 @@ def _one_step(
     norm = accelerator.clip_grad_norm_(module.parameters(), config.clip)
     if not (torch.isfinite(loss) and torch.isfinite(torch.as_tensor(norm))):
         raise NotFinite(
-            f"step {step + 1}: expected a finite loss and gradient, got loss {float(loss):.4g} and gradient norm "
-            f"{float(norm):.4g}; lower the rate, or look at the data of this step"
+            f"step {step + 1}: expected a finite loss and gradient, got loss {float(loss):.4g} and "
+            f"gradient norm {float(norm):.4g}; lower the rate, or look at the data of this step"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": float(loss), "gradient": float(norm), "rate": config.rate_at(step), **logs}
+    return {"loss": float(loss.detach()), "gradient": float(norm), "rate": config.rate_at(step), **logs}
 
 
 @torch.no_grad()
 def _evaluate_average(
-    module: nn.Module, average: WeightAverage, evaluate: Callable[[nn.Module, int], dict[str, float]], step: int
+    module: nn.Module,
+    average: WeightAverage,
+    evaluate: Callable[[nn.Module, int], dict[str, float]],
+    step: int,
 ) -> dict[str, float]:
     trained = {name: value.clone() for name, value in module.state_dict().items()}
     module.load_state_dict(average.average)
@@ -173,7 +201,8 @@ def _tensorboard(run: Path) -> Any:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request to stop after the current step; a second one is immediate."""
+    """Turn the first Ctrl-C (or SIGTERM) into a request to stop after the current step; a second one is
+    immediate."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

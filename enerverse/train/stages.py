@@ -1,4 +1,5 @@
-"""The stages of a recipe: dataset -> autoencoder -> latents -> world model. Each leaves its result in the run folder."""
+"""The stages of a recipe: dataset -> autoencoder -> latents -> world model. Each leaves its result in the
+run folder."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def build_autoencoder(config: AutoencoderConfig) -> PatchAutoencoder | KLAutoenc
     """An untrained autoencoder."""
     if config.kind == "kl":
         return KLAutoencoder(channels=config.channels, widths=config.widths)
-    return PatchAutoencoder(config.patch, config.channels, config.width, config.encoder_blocks, config.decoder_blocks)
+    return PatchAutoencoder(
+        config.patch, config.channels, config.width, config.encoder_blocks, config.decoder_blocks
+    )
 
 
 def build_text_encoder(config: TextConfig) -> nn.Module:
@@ -85,7 +88,9 @@ def train_world(
     torch.manual_seed(preset.train_world.seed)
     objective = make_objective(preset.diffusion.objective, **preset.diffusion.options())
     model = WorldModel(VideoUNet(**preset.unet_arguments()), build_text_encoder(preset.text)).to(device)
-    sampler = ClipSampler(episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed)
+    sampler = ClipSampler(
+        episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed
+    )
     scale = measure_residual_scale(sampler, preset.world_loss)
     task = WorldTask(
         model, sampler, objective, preset.world_loss, channel_std=autoencoder.latent_std, residual_scale=scale
@@ -97,7 +102,15 @@ def train_world(
         recent=preset.clips.recent, action_scale=preset.clips.action_scale, command=preset.clips.command,
     )  # fmt: skip
     check = (lambda _, step: evaluate(pipeline, step)) if evaluate is not None else None
-    train(task, preset.train_world, run, name="world model", device=device, evaluate=check, evaluate_every=evaluate_every)
+    train(
+        task,
+        preset.train_world,
+        run,
+        name="world model",
+        device=device,
+        evaluate=check,
+        evaluate_every=evaluate_every,
+    )
     model.eval()
     pipeline.save_pretrained(run / "pipeline")
     return pipeline

@@ -18,7 +18,8 @@ class WorldLossConfig:
     """Choices of the world-model loss.
 
     residual: predict the difference to the last memory frame, which keeps what does not move.
-    memory_noise: largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1; EVAC).
+    memory_noise: largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1;
+    EVAC).
     drop_text, drop_actions: share of samples that are not told the instruction, or the actions.
     ended_weight: weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power.
     """
@@ -105,7 +106,8 @@ def noisy_memory(memory: Tensor, strength: float, generator: torch.Generator) ->
 
 
 def measure_residual_scale(sampler: ClipSampler, config: WorldLossConfig, batches: int = 32) -> float:
-    """Standard deviation of what the network must predict, over some training clips; 1 for absolute latents."""
+    """Standard deviation of what the network must predict, over some training clips; 1 for absolute
+    latents."""
     if not config.residual:
         return 1.0
     squares = []

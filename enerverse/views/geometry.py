@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def ray_map(intrinsics: Tensor, camera_to_world: Tensor, image: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def ray_map(
+    intrinsics: Tensor, camera_to_world: Tensor, image: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
     """Origin and unit direction of the ray through every latent cell: [..., 6, h, w].
 
     `image` (H, W) is the size that `intrinsics` belong to, `grid` (h, w) the latent size. Plain (o, d), not
@@ -36,7 +38,8 @@ def project_points(points: Tensor, intrinsics: Tensor, camera_to_world: Tensor) 
 
 
 def commanded_path(start: Tensor, actions: Tensor, scale: Tensor) -> Tensor:
-    """World positions [B, M, 3] a gripper is sent to: `start` [B, 3] plus the running sum of delta actions [B, M, A].
+    """World positions [B, M, 3] a gripper is sent to: `start` [B, 3] plus the running sum of delta actions
+    [B, M, A].
 
     `scale` [3] is metres per action unit.
     """
@@ -61,7 +64,13 @@ def path_map(
     pixels, _ = project_points(path[:, None], intrinsics[:, :, None], camera_to_world[:, :, None])
     x = pixels[..., 0] * (w / image[1])
     y = pixels[..., 1] * (h / image[0])
-    dx = (x[..., None, None] - (torch.arange(w, device=path.device) + 0.5)).clamp(-3, 3).expand(*x.shape, h, w)
-    dy = (y[..., None, None] - (torch.arange(h, device=path.device) + 0.5)[:, None]).clamp(-3, 3).expand(*x.shape, h, w)
+    dx = (
+        (x[..., None, None] - (torch.arange(w, device=path.device) + 0.5)).clamp(-3, 3).expand(*x.shape, h, w)
+    )
+    dy = (
+        (y[..., None, None] - (torch.arange(h, device=path.device) + 0.5)[:, None])
+        .clamp(-3, 3)
+        .expand(*x.shape, h, w)
+    )
     spot = torch.exp(-0.5 * (dx**2 + dy**2))
     return torch.stack([spot, spot * dx, spot * dy, spot * grip[:, None, :, None, None]], 3)

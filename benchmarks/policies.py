@@ -1,0 +1,163 @@
+"""Which inputs make a policy succeed: arms that differ only in what the action head sees, on paired seeds.
+
+    python -m benchmarks.policies train --arm latents --run runs/tiny
+    python -m benchmarks.policies evaluate --run runs/tiny
+
+trains the arms (each resumable, in `run/arms/<arm>`) and plays 50 episodes per task with each. Every arm has the same
+head, labels, optimiser steps and evaluation seeds; `state` reads the simulator and proves the harness, `random` acts
+at random, `untrained` reads tokens of a world model that was never trained.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.results_io import write_result
+from enerverse.cli.record import make_env
+from enerverse.data import LatentEpisodes, read_images
+from enerverse.files import atomic_write
+from enerverse.metrics import mcnemar_exact, wilson
+from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
+from enerverse.policy import PolicyConfig
+from enerverse.presets import tiny
+from enerverse.recipes.tiny import TASKS, read_split
+from enerverse.train.policy import train_policy
+from sims.rollout import Outcome, evaluate
+
+BASE = PolicyConfig()
+ARMS: dict[str, PolicyConfig | None] = {
+    "tokens": BASE,
+    "latents": replace(BASE, world=None),
+    "untrained": BASE,
+    "mean": replace(BASE, world="mean"),
+    "pixels": replace(BASE, world=None, latents=False, pixels=True),
+    "state": replace(BASE, world=None, latents=False, privileged=24),
+    "random": None,
+}
+FIRST_SEED = 900_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one arm in `run/arms/<arm>`; run again to go on."""
+
+    arm: str
+    run: Path = Path("runs/tiny")
+    steps: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Play `episodes` paired seeds per task with every trained arm and write `policies.json`.
+
+    Finished (arm, task) pairs are kept in the run folder and not played again.
+    """
+
+    run: Path = Path("runs/tiny")
+    episodes: int = 50
+    arms: tuple[str, ...] = tuple(ARMS)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    case: str = "policies"
+
+
+def arm_folder(run: Path, arm: str) -> Path:
+    """Where an arm is trained; the shipped policy is the `tokens` arm."""
+    return run / "policy" if arm == "tokens" else run / "arms" / arm
+
+
+def train_arm(settings: Train) -> None:
+    """Train the head of one arm on the recipe's data."""
+    config = ARMS[settings.arm]
+    assert config is not None, "the random arm has nothing to train"
+    torch.set_num_threads(1)
+    pipe = EnerVersePipeline.from_pretrained(settings.run / "world" / "pipeline")
+    preset = tiny()
+    steps = settings.steps or preset.train_policy.steps
+    preset = replace(preset, policy=config, train_policy=replace(preset.train_policy, steps=steps, seed=settings.seed))
+    if settings.arm == "untrained":
+        torch.manual_seed(settings.seed)
+        pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
+    images = read_images(list(read_split(settings.run, "train").values()), preset.views) if config.pixels else None
+    episodes = LatentEpisodes.load(settings.run / "latents.safetensors")
+    # The pooled arm averages the tokens itself, so both read one cache; the untrained backbone needs its own.
+    cache = settings.run / ("features_untrained.safetensors" if settings.arm == "untrained" else "features.safetensors")
+    train_policy(
+        episodes, pipe, preset, arm_folder(settings.run, settings.arm), images=images, feature_cache=cache, device="cpu"
+    )
+
+
+class RandomPolicy:
+    """Uniform actions."""
+
+    def __init__(self, seed: int = 0):
+        self.rng = np.random.default_rng(seed)
+
+    def select_actions(self, observations: list, infos: list, keys: list) -> list[np.ndarray]:
+        """One random action per episode."""
+        return [self.rng.uniform(-1, 1, 7).astype(np.float32) for _ in observations]
+
+
+def play(policy: object, task: str, episodes: int, needs_pictures: bool) -> list[Outcome]:
+    """Outcomes on the evaluation seeds of a task."""
+    cameras = tiny().views if needs_pictures else ()
+    seeds = range(FIRST_SEED, FIRST_SEED + episodes)
+    return evaluate(lambda: make_env(task, cameras=cameras), policy, seeds)  # type: ignore[arg-type]
+
+
+def play_arm(settings: Evaluate, arm: str) -> dict[str, list[bool]]:
+    """Success per seed and task of one arm, kept beside its training."""
+    folder = arm_folder(settings.run, arm)
+    path = folder / f"outcomes_{settings.episodes}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    config = ARMS[arm]
+    for task in settings.tasks:
+        if task in known:
+            continue
+        policy = RandomPolicy() if config is None else EnerVersePolicy.from_pretrained(folder / "policy")
+        pictures = config is not None and bool(config.world or config.latents or config.pixels)
+        began = time.perf_counter()
+        known[task] = [bool(outcome.success) for outcome in play(policy, task, settings.episodes, pictures)]
+        print(f"{arm:10} {task:14} {sum(known[task])}/{len(known[task])} in {time.perf_counter() - began:.0f} s", flush=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(known))
+    return known
+
+
+def summarise(outcomes: dict[str, dict[str, list[bool]]]) -> dict[str, object]:
+    """Rates with 95 % intervals per arm and task, and paired tests against the latents-only control."""
+    values: dict[str, object] = {}
+    for arm, tasks in outcomes.items():
+        row: dict[str, object] = {}
+        for task, wins in tasks.items():
+            rate = wilson(sum(wins), len(wins))
+            row[task] = {"success": rate.estimate, "interval": [rate.low, rate.high], "episodes": len(wins)}
+        if "latents" in outcomes and arm != "latents":
+            pooled = [np.concatenate([np.array(t[k]) for k in tasks]) for t in (tasks, outcomes["latents"])]
+            row["p_against_latents"] = mcnemar_exact(pooled[0].tolist(), pooled[1].tolist())
+        values[arm] = row
+    return values
+
+
+def main(settings: Train | Evaluate) -> None:
+    """Train an arm, or play them all."""
+    if isinstance(settings, Train):
+        train_arm(settings)
+        return
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    ready = [arm for arm in settings.arms if ARMS[arm] is None or (arm_folder(settings.run, arm) / "policy").exists()]
+    outcomes = {arm: play_arm(settings, arm) for arm in ready}
+    path = write_result(settings.case, summarise(outcomes), seconds=time.perf_counter() - began)
+    print(path)
+
+
+if __name__ == "__main__":
+    main(tyro.extras.subcommand_cli_from_dict({"train": Train, "evaluate": Evaluate}))

@@ -1,0 +1,1 @@
+"""Measuring what the models do: imagination against the truth, policies in the simulator."""

@@ -1,0 +1,210 @@
+"""EnerVerse-A: a policy that reads the world model's features and acts, a chunk of actions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from enerverse.memory import MemoryState, make_memory, push_chunk, read_context, start_memory
+from enerverse.pipelines.inputs import read_cameras, read_images
+from enerverse.policy import PolicyInputs, read_features
+from enerverse.views import ray_map
+
+
+@dataclass
+class _Running:
+    """What the policy holds for one running episode."""
+
+    memory: MemoryState | None
+    pictures: Tensor
+    waiting: list[np.ndarray]
+
+
+class EnerVersePolicy(DiffusionPipeline):
+    """Autoencoder, world-model backbone and action head behind `select_action`.
+
+    An observation is the environments' dictionary: `images` {view: uint8 [P, P, 3]}, `state` [S]; the
+    instruction
+    and the cameras come from `info` ("task", "cameras"). Episodes are told apart by a key, so one policy can
+    drive
+    many environments in lock-step with one network call.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["unet", "text_encoder"]
+
+    def __init__(
+        self,
+        autoencoder: Any,
+        unet: Any,
+        text_encoder: Any,
+        head: Any,
+        views: tuple[str, ...] = ("front", "left", "top"),
+        image_size: int = 64,
+        recent: int = 2,
+        memory_policy: str = "sparse_uniform",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.register_modules(autoencoder=autoencoder, unet=unet, text_encoder=text_encoder, head=head)
+        self.register_to_config(
+            views=tuple(views), image_size=image_size, recent=recent, memory_policy=memory_policy, seed=seed
+        )
+        slots = unet.config.memory if unet is not None else 2
+        options = {"recent": recent} if memory_policy == "sparse_uniform" else {}
+        self._memory = make_memory(memory_policy, slots=slots, **options)
+        self.reset()
+
+    def reset(self, key: Hashable | None = None) -> None:
+        """Forget one episode, or all of them."""
+        if key is not None:
+            self._running.pop(key, None)
+            return
+        self._running: dict[Hashable, _Running] = {}
+        self._generator = torch.Generator().manual_seed(self.config.seed)
+
+    def select_action(
+        self, observation: dict[str, Any], info: dict[str, Any], key: Hashable = 0
+    ) -> np.ndarray:
+        """The next action [A] of one episode."""
+        return self.select_actions([observation], [info], [key])[0]
+
+    def select_actions(
+        self,
+        observations: Sequence[dict[str, Any]],
+        infos: Sequence[dict[str, Any]],
+        keys: Sequence[Hashable],
+    ) -> list[np.ndarray]:
+        """The next action [A] of every episode; the network runs once for all that have none left."""
+        self._look(observations, keys)
+        empty = [i for i, key in enumerate(keys) if not self._running[key].waiting]
+        if empty:
+            chunks = self._predict(
+                [observations[i] for i in empty], [infos[i] for i in empty], [keys[i] for i in empty]
+            )
+            for i, chunk in zip(empty, chunks.numpy(), strict=True):
+                self._running[keys[i]].waiting = list(chunk[: self.head.settings.execute])
+        return [self._running[key].waiting.pop(0) for key in keys]
+
+    def predict_action_chunk(
+        self, observation: dict[str, Any], info: dict[str, Any], key: Hashable = 0
+    ) -> np.ndarray:
+        """A whole chunk of actions [M, A] for one episode, without carrying any of it out."""
+        self._look([observation], [key])
+        return self._predict([observation], [info], [key])[0].numpy()
+
+    @torch.no_grad()
+    def _look(self, observations: Sequence[dict[str, Any]], keys: Sequence[Hashable]) -> None:
+        """Encode what is seen and remember it."""
+        config = self.head.settings
+        if not (config.latents or config.pixels or config.world):
+            for key in keys:
+                self._running.setdefault(key, _Running(None, torch.zeros(0), []))
+            return
+        views = tuple(self.config.views)
+        stacked = np.stack([[self._view(obs, view) for view in views] for obs in observations])[:, None]
+        frames = read_images(stacked, views, self.config.image_size).to(self.device)
+        latents = (
+            self.autoencoder.encode(frames).transpose(1, 2).float()
+            if config.latents or config.world
+            else None
+        )
+        for row, key in enumerate(keys):
+            before = self._running.get(key)
+            memory = None
+            if latents is not None:
+                seen = latents[row : row + 1]
+                known = before.memory if before is not None else None
+                memory = (
+                    start_memory(self._memory, seen)
+                    if known is None
+                    else push_chunk(self._memory, known, seen)
+                )
+            last = before.pictures[:, -1:] if before is not None else frames[row : row + 1]
+            pictures = (
+                torch.cat([last, frames[row : row + 1]], 1) if config.pixels else frames[row : row + 1, -1:]
+            )
+            self._running[key] = _Running(memory, pictures, before.waiting if before is not None else [])
+
+    def _view(self, observation: dict[str, Any], view: str) -> np.ndarray:
+        images = observation.get("images", {})
+        if view not in images:
+            raise ValueError(
+                f"observation: expected an image of the view {view!r}, got {tuple(images)}; add that camera"
+            )
+        return images[view]
+
+    def _predict(
+        self,
+        observations: Sequence[dict[str, Any]],
+        infos: Sequence[dict[str, Any]],
+        keys: Sequence[Hashable],
+    ) -> Tensor:
+        inputs = self._inputs(observations, infos, keys)
+        return self.head.sample(inputs, self._generator).cpu()
+
+    @torch.no_grad()
+    def _inputs(
+        self,
+        observations: Sequence[dict[str, Any]],
+        infos: Sequence[dict[str, Any]],
+        keys: Sequence[Hashable],
+    ) -> PolicyInputs:
+        config = self.head.settings
+        running = [self._running[key] for key in keys]
+        texts = tuple(str(info["task"]) for info in infos)
+        privileged = None
+        if config.privileged:
+            privileged = torch.stack([torch.as_tensor(info["privileged"]).float() for info in infos])
+        return PolicyInputs(
+            state=torch.stack([_read_state(obs, config.state_dim) for obs in observations]),
+            texts=texts,
+            latents=torch.cat([self._last_two(item) for item in running]) if config.latents else None,
+            world=self._world(running, infos, texts) if config.world else None,
+            pixels=torch.cat([item.pictures for item in running]) if config.pixels else None,
+            privileged=privileged,
+        ).to(self.device)
+
+    def _last_two(self, item: _Running) -> Tensor:
+        """Latents [1, 2, V, C, h, w] of the last two frames; the first frame of an episode counts twice."""
+        assert item.memory is not None
+        frames = item.memory.frames[:, :, -2:].transpose(1, 2)
+        adjacent = len(item.memory.times) > 1 and item.memory.times[-2] == item.memory.now - 1
+        return frames if adjacent else frames[:, -1:].expand(-1, 2, -1, -1, -1, -1)
+
+    def _world(
+        self, running: list[_Running], infos: Sequence[dict[str, Any]], texts: tuple[str, ...]
+    ) -> Tensor:
+        contexts = [read_context(self._memory, item.memory) for item in running if item.memory is not None]
+        memory = torch.cat([frames for frames, _ in contexts])
+        offsets = torch.stack([offset for _, offset in contexts])
+        views, size = tuple(self.config.views), self.config.image_size
+        cameras = [_read_info_cameras(info, views, size) for info in infos]
+        intrinsics, poses = (torch.cat(part).to(self.device) for part in zip(*cameras, strict=True))
+        rays = ray_map(intrinsics, poses, (size, size), (memory.shape[-2], memory.shape[-1]))
+        text = self.text_encoder(list(texts))
+        return read_features(self.unet, memory, offsets, rays, text, self.head.settings.frames)
+
+
+def _read_state(observation: dict[str, Any], width: int) -> Tensor:
+    state = torch.as_tensor(np.asarray(observation["state"])).float()
+    if state.shape != (width,):
+        raise ValueError(f"observation['state']: expected [{width}], got {list(state.shape)}")
+    if not torch.isfinite(state).all():
+        raise ValueError(
+            "observation['state']: expected finite values, got NaN or infinity; check the sensors"
+        )
+    return state
+
+
+def _read_info_cameras(info: dict[str, Any], views: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
+    if "cameras" not in info or any(view not in info["cameras"] for view in views):
+        raise ValueError(f"info['cameras']: expected the views {views}, got {tuple(info.get('cameras', ()))}")
+    chosen = [info["cameras"][view] for view in views]
+    pair = (np.stack([c["intrinsics"] for c in chosen]), np.stack([c["camera_to_world"] for c in chosen]))
+    return read_cameras(pair, views, size, 1)
