@@ -1,14 +1,10 @@
 """Tabletop manipulation in MuJoCo, registered with Gymnasium as ``enerverse/<Task>-v0``."""
 
-import os
+# ruff: noqa: E402  The OpenGL backend must be chosen before mujoco is imported.
 
-# Without a display MuJoCo would try GLFW and fail; the choice must be made before mujoco is imported.
-if not os.environ.get("MUJOCO_GL") and not os.environ.get("DISPLAY"):
-    os.environ["MUJOCO_GL"] = "egl"
+from sims.gl import prepare_environment
 
-# Software GL gains nothing from threads on small pictures, and a forked worker would wait forever for the
-# parent's threads.
-os.environ.setdefault("LP_NUM_THREADS", "0")
+prepare_environment()
 
 import gymnasium
 

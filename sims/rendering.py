@@ -36,6 +36,12 @@ def _import_triton_first() -> None:
         importlib.import_module("triton")
 
 
+def _new_context(size: int) -> Any:
+    if not hasattr(mujoco, "GLContext"):
+        raise ImportError("no OpenGL library")
+    return mujoco.GLContext(size, size)
+
+
 class SharedRenderer:
     """Renders any environment of this process. ``retain`` and ``release`` count its users."""
 
@@ -76,7 +82,7 @@ class SharedRenderer:
         self.free()
         _import_triton_first()
         try:
-            self._context = mujoco.GLContext(size, size)
+            self._context = _new_context(size)
             self._context.make_current()
             model.vis.global_.offwidth = model.vis.global_.offheight = size
             self._resources = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)

@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from sims.gl import choose_backend
+
 RENDER_THEN_TRAIN = """
 import gymnasium, sims
 env = gymnasium.make("enerverse/Lift-v0")
@@ -23,6 +27,8 @@ print([name for name in ("torch", "triton", "OpenGL.GL") if name in sys.modules]
 """
 
 NO_GL = """
+import ctypes.util
+ctypes.util.find_library = lambda name: None
 import gymnasium, sims
 env = gymnasium.make("enerverse/Lift-v0", cameras=())
 env.reset(seed=0)
@@ -34,13 +40,9 @@ except RuntimeError as problem:
 
 
 def run(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables)
     assert result.returncode == 0, result.stderr
     assert "Exception ignored" not in result.stderr
     return result.stdout.strip()
@@ -54,7 +56,16 @@ def test_import_is_light():
     assert run(NO_TORCH) == "[]"
 
 
-def test_missing_gl_names_the_packages():
-    message = run(NO_GL, MUJOCO_GL="glfw", DISPLAY="")
+@pytest.mark.parametrize("backend", ["", "egl", "osmesa", "glfw"])
+def test_missing_gl_names_the_packages(backend):
+    message = run(NO_GL, MUJOCO_GL=backend, DISPLAY=None)
     assert message.startswith("rendering: expected a working OpenGL off-screen context")
     assert "libegl1 libgl1 libgles2" in message
+
+
+def test_backend_choice(monkeypatch):
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name if name == "OSMesa" else None)
+    assert choose_backend("", has_display=False) == "osmesa"
+    assert choose_backend("", has_display=True) == ""
+    assert choose_backend("egl", has_display=True) == "disable"
+    assert choose_backend("glfw", has_display=False) == "glfw"
