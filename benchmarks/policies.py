@@ -81,16 +81,28 @@ def train_arm(settings: Train) -> None:
     pipe = EnerVersePipeline.from_pretrained(settings.run / "world" / "pipeline")
     preset = tiny()
     steps = settings.steps or preset.train_policy.steps
-    preset = replace(preset, policy=config, train_policy=replace(preset.train_policy, steps=steps, seed=settings.seed))
+    preset = replace(
+        preset, policy=config, train_policy=replace(preset.train_policy, steps=steps, seed=settings.seed)
+    )
     if settings.arm == "untrained":
         torch.manual_seed(settings.seed)
         pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
-    images = read_images(list(read_split(settings.run, "train").values()), preset.views) if config.pixels else None
+    images = (
+        read_images(list(read_split(settings.run, "train").values()), preset.views) if config.pixels else None
+    )
     episodes = LatentEpisodes.load(settings.run / "latents.safetensors")
     # The pooled arm averages the tokens itself, so both read one cache; the untrained backbone needs its own.
-    cache = settings.run / ("features_untrained.safetensors" if settings.arm == "untrained" else "features.safetensors")
+    cache = settings.run / (
+        "features_untrained.safetensors" if settings.arm == "untrained" else "features.safetensors"
+    )
     train_policy(
-        episodes, pipe, preset, arm_folder(settings.run, settings.arm), images=images, feature_cache=cache, device="cpu"
+        episodes,
+        pipe,
+        preset,
+        arm_folder(settings.run, settings.arm),
+        images=images,
+        feature_cache=cache,
+        device="cpu",
     )
 
 
@@ -125,7 +137,10 @@ def play_arm(settings: Evaluate, arm: str) -> dict[str, list[bool]]:
         pictures = config is not None and bool(config.world or config.latents or config.pixels)
         began = time.perf_counter()
         known[task] = [bool(outcome.success) for outcome in play(policy, task, settings.episodes, pictures)]
-        print(f"{arm:10} {task:14} {sum(known[task])}/{len(known[task])} in {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{arm:10} {task:14} {sum(known[task])}/{len(known[task])} in {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(known))
     return known
@@ -153,7 +168,11 @@ def main(settings: Train | Evaluate) -> None:
         return
     torch.set_num_threads(1)
     began = time.perf_counter()
-    ready = [arm for arm in settings.arms if ARMS[arm] is None or (arm_folder(settings.run, arm) / "policy").exists()]
+    ready = [
+        arm
+        for arm in settings.arms
+        if ARMS[arm] is None or (arm_folder(settings.run, arm) / "policy").exists()
+    ]
     outcomes = {arm: play_arm(settings, arm) for arm in ready}
     path = write_result(settings.case, summarise(outcomes), seconds=time.perf_counter() - began)
     print(path)

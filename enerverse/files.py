@@ -129,8 +129,8 @@ def append_metrics(path: AnyPath, metrics: Mapping[str, Any]) -> None:
 def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """Return the records of `metrics.jsonl` in the run folder `path`; none when nothing was recorded yet.
 
-    A torn last line, left by a crash, is passed over.
-    Raises FileNotFoundError when there is no such folder, ValueError naming any other broken line.
+    A torn last line, left by a crash, is passed over. Raises FileNotFoundError when there is no such folder,
+    ValueError naming any other broken line.
     """
     path = Path(path)
     if not path.is_dir():

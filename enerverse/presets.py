@@ -105,7 +105,7 @@ def tiny() -> Preset:
         name="tiny",
         train_autoencoder=TrainConfig(steps=1500, batch=32, rate=2e-3, average=0.99),
         train_world=TrainConfig(steps=8000, batch=8, rate=1.5e-3, average=0.998, save_every=250),
-        train_policy=TrainConfig(steps=6000, batch=64, rate=1e-3, average=0.998, precision="no"),
+        train_policy=TrainConfig(steps=4000, batch=64, rate=1e-3, average=0.998, log_every=50),
     )
 
 
@@ -124,8 +124,8 @@ def small() -> Preset:
 
 def paper() -> Preset:
     """The published sizes where they are stated (320 channels, heads of 64, v with zero terminal SNR, rate
-    5e-5,
-    clipping at 0.5), on square pictures. Nobody has trained this preset here."""
+    5e-5, clipping at 0.5), on square pictures. Nobody has trained this preset here.
+    """
     return replace(
         small(),
         name="paper",

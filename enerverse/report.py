@@ -93,8 +93,8 @@ class Report:
     def figure(self, picture: str | bytes | np.ndarray, caption: str = "") -> Report:
         """Add a picture: SVG text, PNG bytes, or pixels uint8 `[H, W, 3]`.
 
-        Pixels under 384 wide are enlarged by a whole factor, unsmoothed, and stand side by side.
-        Raises ValueError for anything else.
+        Pixels under 384 wide are enlarged by a whole factor, unsmoothed, and stand side by side. Raises
+        ValueError for anything else.
         """
         if isinstance(picture, np.ndarray):
             image = f'src="data:image/png;base64,{_base64(encode_png(picture))}" alt="{escape(caption)}"'
@@ -112,8 +112,8 @@ class Report:
     def video(self, frames: np.ndarray, fps: float, caption: str = "") -> Report:
         """Add a silent looping H.264 video of frames uint8 `[T, H, W, 3]` at `fps` frames per second.
 
-        Videos under 384 wide are enlarged by a whole factor, unsmoothed, and stand side by side.
-        Raises ValueError for other shapes or types.
+        Videos under 384 wide are enlarged by a whole factor, unsmoothed, and stand side by side. Raises
+        ValueError for other shapes or types.
         """
         source = f"data:video/mp4;base64,{_base64(encode_mp4(frames, fps))}"
         video = f'<video autoplay loop muted playsinline {_enlarged(frames.shape[2])} src="{source}"></video>'

@@ -22,8 +22,8 @@ class Record:
     """Record demonstrations of a task into a LeRobot v3 dataset (with cameras); run again to go on.
 
     task: one of the simulator's tasks. out: dataset folder. episodes: how many successful ones to keep.
-    noise: strength of the disturbance on the expert (the clean action is kept as the label).
-    clean_share: share of episodes without it.
+    noise: strength of the disturbance on the expert (the clean action is kept as the label). clean_share:
+    share of episodes without it.
     """
 
     task: str

@@ -45,11 +45,10 @@ class ClipConfig:
     """How windows are cut.
 
     memory, chunk: K and M. recent: last consecutive frames always in memory. mix: share of training windows
-    whose
-    memory is drawn at random, evenly spread, consecutive, or the last frame alone.
-    stillness: weight of windows in which nothing moves, relative to an average one; 1 samples uniformly.
-    path: read the gripper's commanded position from the state (its first three entries, plus the entries at
-    `command`), so that actions can be drawn into the pictures; action_scale: metres per action unit.
+    whose memory is drawn at random, evenly spread, consecutive, or the last frame alone. stillness: weight of
+    windows in which nothing moves, relative to an average one; 1 samples uniformly. path: read the gripper's
+    commanded position from the state (its first three entries, plus the entries at `command`), so that
+    actions can be drawn into the pictures; action_scale: metres per action unit.
     """
 
     memory: int = 4

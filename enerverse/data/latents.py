@@ -20,12 +20,10 @@ from enerverse.files import load_tensors, save_tensors
 class LatentEpisodes:
     """All episodes of a dataset, frames in one row.
 
-    latents [N, V, C, h, w] float16, standardised; starts [E + 1] first frame of each episode;
-    state [N, S], action [N, A] executed, label [N, A] what a policy should learn (the clean action where
-    recorded); privileged [N, S'] simulator state
-    where recorded;
-    intrinsics [E, V, 3, 3], camera_to_world [E, V, 4, 4] of the (static) cameras; success [E] bool;
-    tasks: instruction per episode; views; image (H, W); fps.
+    latents [N, V, C, h, w] float16, standardised; starts [E + 1] first frame of each episode; state [N, S],
+    action [N, A] executed, label [N, A] what a policy should learn (the clean action where recorded);
+    privileged [N, S'] simulator state where recorded; intrinsics [E, V, 3, 3], camera_to_world [E, V, 4, 4]
+    of the (static) cameras; success [E] bool; tasks: instruction per episode; views; image (H, W); fps.
     """
 
     latents: Tensor

@@ -32,8 +32,7 @@ def denoise(
     """Walk `noise` [B, ...] to a clean sample in `steps` steps.
 
     predict(noisy, time [B]) returns the network's prediction; on_step(index, time, sample) may look at or
-    replace
-    the sample after every step.
+    replace the sample after every step.
     """
     times = scheduler_times(scheduler, steps, noise.device)
     sample = noise

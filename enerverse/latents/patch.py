@@ -1,9 +1,8 @@
 """Patch autoencoder: images to a small grid of latents, with every convolution at the latent resolution.
 
 A linear path per patch, initialised from principal components, carries most of the picture from the first
-step;
-a residual convolutional path adds what neighbouring patches know. No convolution runs above the latent grid,
-so training it takes minutes on one core.
+step; a residual convolutional path adds what neighbouring patches know. No convolution runs above the latent
+grid, so training it takes minutes on one core.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """Which past frames a world model sees: inference memory policies behind one small interface.
 
-A policy answers two questions about frame times (integers, 0 = first frame of the episode):
-`select(times, now)` names the K frames that form the context, oldest first, the last observed frame always
-last;
+A policy answers two questions about frame times (integers, 0 = first frame of the episode): `select(times,
+now)` names the K frames that form the context, oldest first, the last observed frame always last;
 `retain(now)` names the frames that must be kept to answer later questions. A policy keeps a bounded number of
 frames however long the rollout is. Source: EnerVerse (arXiv 2501.01895, section 3.1) for sparse memory and
-the
-sliding window; EVAC's inference for the fractions 0, 1/3, 2/3, last.
+the sliding window; EVAC's inference for the fractions 0, 1/3, 2/3, last.
 """
 
 from __future__ import annotations
@@ -63,8 +61,8 @@ class SparseUniformMemory:
     visible).
 
     The past is kept as a grid of at most `capacity` frames whose stride doubles as the rollout grows, so the
-    first
-    frame is never lost and memory stays constant. `recent=1` is EVAC's rule: fractions 0, 1/3, 2/3, last.
+    first frame is never lost and memory stays constant. `recent=1` is EVAC's rule: fractions 0, 1/3, 2/3,
+    last.
     """
 
     slots: int = 4

@@ -40,9 +40,8 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
 class PretrainedTextEncoder(ModelMixin, ConfigMixin):
     """A frozen CLIP or T5 text encoder and a trained linear map of its mean token.
 
-    The paper's text names T5 in section 3 and CLIP in appendix A; either fits here. `model` is a local
-    folder or a
-    hub name understood by `transformers`; the frozen weights are not written into checkpoints.
+    The paper's text names T5 in section 3 and CLIP in appendix A; either fits here. `model` is a local folder
+    or a hub name understood by `transformers`; the frozen weights are not written into checkpoints.
     """
 
     @register_to_config

@@ -20,10 +20,10 @@ PATH_CHANNELS = 4
 class Conditions:
     """What one denoising pass is told besides the noisy latents.
 
-    memory [B, V, K, C, h, w] clean context, oldest first; offsets [B, K] their times to the last (<= 0);
-    rays [B, V, 6, h, w]; text [B, E] instruction embedding or zeros;
-    actions [B, M, A] in [-1, 1] and path [B, V, M, 4, h, w] (`enerverse.views.path_map`), or None for both:
-    then the model imagines from the instruction alone.
+    memory [B, V, K, C, h, w] clean context, oldest first; offsets [B, K] their times to the last (<= 0); rays
+    [B, V, 6, h, w]; text [B, E] instruction embedding or zeros; actions [B, M, A] in [-1, 1] and path [B, V,
+    M, 4, h, w] (`enerverse.views.path_map`), or None for both: then the model imagines from the instruction
+    alone.
     """
 
     memory: Tensor
@@ -39,9 +39,8 @@ class VideoUNet(ModelMixin, ConfigMixin):
     """Predicts the diffusion target of M future frames, all views at once.
 
     Input channels per frame, as in EnerVerse (arXiv 2501.01895) and EVAC: latents (clean for memory, noisy
-    for the
-    future), the last memory frame repeated, a mask that marks the future, and a 6-channel ray map; for
-    action-conditioned passes four more hold where the commanded gripper lies in each picture.
+    for the future), the last memory frame repeated, a mask that marks the future, and a 6-channel ray map;
+    for action-conditioned passes four more hold where the commanded gripper lies in each picture.
     """
 
     @register_to_config

@@ -30,10 +30,8 @@ class EnerVersePolicy(DiffusionPipeline):
     """Autoencoder, world-model backbone and action head behind `select_action`.
 
     An observation is the environments' dictionary: `images` {view: uint8 [P, P, 3]}, `state` [S]; the
-    instruction
-    and the cameras come from `info` ("task", "cameras"). Episodes are told apart by a key, so one policy can
-    drive
-    many environments in lock-step with one network call.
+    instruction and the cameras come from `info` ("task", "cameras"). Episodes are told apart by a key, so one
+    policy can drive many environments in lock-step with one network call.
     """
 
     _optional_components: ClassVar[list[str]] = ["unet", "text_encoder"]

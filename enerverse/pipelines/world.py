@@ -24,8 +24,8 @@ class Imagination:
     """What the pipeline returns: frames after the last observed one.
 
     frames [B, T, V, 3, P, P] in [0, 1] (or uint8 arrays [B, T, V, P, P, 3], or latents [B, V, T, C, h, w]);
-    ended [B]: number of frames before the end-of-task frame, -1 where the task was not seen to end;
-    memory: state to go on from with `imagine_chunk`.
+    ended [B]: number of frames before the end-of-task frame, -1 where the task was not seen to end; memory:
+    state to go on from with `imagine_chunk`.
     """
 
     frames: Any
@@ -113,11 +113,10 @@ class EnerVersePipeline(DiffusionPipeline):
         """Imagine `num_frames` frames after the observed ones, chunk by chunk.
 
         images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left
-        out);
-        cameras: `dataengine.cameras.Cameras` or a (intrinsics [V, 3, 3], camera_to_world [V, 4, 4]) pair;
-        actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the last observed frame
-        turn
-        imagination into simulation. Raises ValueError, in one sentence, for wrong shapes, values or names.
+        out); cameras: `dataengine.cameras.Cameras` or a (intrinsics [V, 3, 3], camera_to_world [V, 4, 4])
+        pair; actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the last observed
+        frame turn imagination into simulation. Raises ValueError, in one sentence, for wrong shapes, values
+        or names.
         """
         if output_type not in ("pt", "np", "latent"):
             raise ValueError(f"output_type: expected 'pt', 'np' or 'latent', got {output_type!r}")
@@ -200,8 +199,8 @@ class EnerVersePipeline(DiffusionPipeline):
 
     def find_end(self, chunk: Tensor, start: int = 0) -> Tensor:
         """First frame [B] (counted from `start`) whose latents lie within `end_threshold` (mean L1) of the
-        end-of-task
-        latent, zero; -1 where none does."""
+        end-of-task latent, zero; -1 where none does.
+        """
         near = chunk.abs().mean((1, 3, 4, 5)) < self.config.end_threshold
         first = near.float().argmax(1) + start
         return torch.where(near.any(1), first, -1).cpu()

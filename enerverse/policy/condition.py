@@ -19,8 +19,7 @@ class PolicyInputs:
     """Inputs of B decisions; None where a policy does not use one.
 
     state [B, S]; latents [B, 2, V, C, h, w] of the last two frames; world [B, F, V, h', w', D] mid-block
-    features;
-    pixels [B, 2, V, 3, P, P] in [0, 1]; privileged [B, S']; texts: B instructions.
+    features; pixels [B, 2, V, 3, P, P] in [0, 1]; privileged [B, S']; texts: B instructions.
     """
 
     state: Tensor

@@ -13,11 +13,9 @@ class PolicyConfig:
     """What the action head sees and how big it is.
 
     world: read the world model's mid-block feature, as spatial `tokens`, pooled `mean` (the paper's), or
-    None.
-    latents: read the frozen latents of the last two frames; pixels: read the last two frames with a trained
-    CNN;
-    privileged: width of a simulator-state input (0 for none), for the policy that proves the harness.
-    frames: which frames of the window give world tokens (memory frames first, then imagined ones).
+    None. latents: read the frozen latents of the last two frames; pixels: read the last two frames with a
+    trained CNN; privileged: width of a simulator-state input (0 for none), for the policy that proves the
+    harness. frames: which frames of the window give world tokens (memory frames first, then imagined ones).
     chunk: actions predicted; execute: actions carried out before looking again; steps: denoising steps.
     """
 

@@ -2,8 +2,7 @@
 policy.
 
 `python -m enerverse.recipes.tiny --out runs/tiny` does all of it on a CPU (hours) and can be interrupted at
-any point:
-running it again goes on where it stopped. On a GPU the same preset trains with more steps.
+any point: running it again goes on where it stopped. On a GPU the same preset trains with more steps.
 """
 
 from __future__ import annotations

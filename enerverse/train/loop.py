@@ -91,8 +91,7 @@ def train(
     """Train `task.module` for `config.steps` steps in the folder `run` and return it with averaged weights.
 
     Goes on from the newest checkpoint in `run`. Raises TrainingStopped after Ctrl-C (state saved) and
-    NotFinite,
-    naming the step, when the loss is no longer a number (the last checkpoint stays).
+    NotFinite, naming the step, when the loss is no longer a number (the last checkpoint stays).
     """
     accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
     optimizer = torch.optim.AdamW(

@@ -17,11 +17,10 @@ from enerverse.model import Conditions
 class WorldLossConfig:
     """Choices of the world-model loss.
 
-    residual: predict the difference to the last memory frame, which keeps what does not move.
-    memory_noise: largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1;
-    EVAC).
-    drop_text, drop_actions: share of samples that are not told the instruction, or the actions.
-    ended_weight: weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power.
+    residual: predict the difference to the last memory frame, which keeps what does not move. memory_noise:
+    largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1; EVAC).
+    drop_text, drop_actions: share of samples that are not told the instruction, or the actions. ended_weight:
+    weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power.
     """
 
     residual: bool = True
