@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from enerverse.memory import MemoryState, make_memory, push_chunk, read_context, start_memory
 from enerverse.pipelines.inputs import read_cameras, read_images
+from enerverse.pipelines.saving import SavedPipeline
 from enerverse.policy import PolicyInputs, read_features
 from enerverse.views import ray_map
 
@@ -26,7 +26,7 @@ class _Running:
     waiting: list[np.ndarray]
 
 
-class EnerVersePolicy(DiffusionPipeline):
+class EnerVersePolicy(SavedPipeline):
     """Autoencoder, world-model backbone and action head behind `select_action`.
 
     An observation is the environments' dictionary: `images` {view: uint8 [P, P, 3]}, `state` [S]; the
@@ -34,7 +34,7 @@ class EnerVersePolicy(DiffusionPipeline):
     policy can drive many environments in lock-step with one network call.
     """
 
-    _optional_components: ClassVar[list[str]] = ["unet", "text_encoder"]
+    _optional_components: ClassVar[list[str]] = ["autoencoder", "unet", "text_encoder"]
 
     def __init__(
         self,
@@ -47,11 +47,19 @@ class EnerVersePolicy(DiffusionPipeline):
         recent: int = 2,
         memory_policy: str = "sparse_uniform",
         seed: int = 0,
+        world: str | None = None,
+        shared: tuple[str, ...] = (),
     ):
         super().__init__()
         self.register_modules(autoencoder=autoencoder, unet=unet, text_encoder=text_encoder, head=head)
         self.register_to_config(
-            views=tuple(views), image_size=image_size, recent=recent, memory_policy=memory_policy, seed=seed
+            views=tuple(views),
+            image_size=image_size,
+            recent=recent,
+            memory_policy=memory_policy,
+            seed=seed,
+            world=world,
+            shared=tuple(shared),
         )
         slots = unet.config.memory if unet is not None else 2
         options = {"recent": recent} if memory_policy == "sparse_uniform" else {}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,6 +15,7 @@ from enerverse.diffusion import denoise, make_objective
 from enerverse.memory import MemoryPolicy, MemoryState, make_memory, push_chunk, read_context, start_memory
 from enerverse.model import Conditions
 from enerverse.pipelines.inputs import Observation, read_observation
+from enerverse.pipelines.saving import SavedPipeline
 from enerverse.views import commanded_path, path_map, ray_map
 
 
@@ -33,7 +33,7 @@ class Imagination:
     memory: MemoryState
 
 
-class EnerVersePipeline(DiffusionPipeline):
+class EnerVersePipeline(SavedPipeline):
     """World model as a diffusers pipeline: autoencoder, video UNet, instruction encoder, scheduler."""
 
     def __init__(

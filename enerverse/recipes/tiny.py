@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from enerverse import presets
 from enerverse.cli.record import Record, record_task
 from enerverse.files import atomic_write
 from enerverse.pipelines import EnerVersePipeline
+from enerverse.pipelines.saving import export_checkpoint
 from enerverse.train import stages
 from enerverse.train.policy import train_policy
 
@@ -85,10 +85,8 @@ class Tiny:
         pipe = EnerVersePipeline.from_pretrained(self.out / "world" / "pipeline")
         episodes = stages.LatentEpisodes.load(self.out / "latents.safetensors")
         cache = self.out / "features.safetensors"
-        train_policy(episodes, pipe, self.preset(), self.out / "policy", feature_cache=cache)
-        for name in ("world", "policy"):
-            inner = "pipeline" if name == "world" else "policy"
-            shutil.copytree(self.out / name / inner, self.out / "checkpoint" / name, dirs_exist_ok=True)
+        policy = train_policy(episodes, pipe, self.preset(), self.out / "policy", feature_cache=cache)
+        export_checkpoint(pipe, policy, self.out / "checkpoint")
 
 
 def read_split(out: Path, split: str) -> dict[str, EpisodeDataset]:
