@@ -17,9 +17,14 @@ class EpisodePolicy(Protocol):
 
 
 class BatchPolicy(Protocol):
-    """Acts in many environments at once: lists of N observations and infos -> actions [N, 7]."""
+    """Acts in many environments at once: lists of N observations, infos and keys -> actions [N, 7].
 
-    def select_actions(self, observations: list[dict], infos: list[dict]) -> Sequence[np.ndarray]: ...
+    A key tells the episodes apart for a policy that remembers; here it is the episode's seed.
+    """
+
+    def select_actions(
+        self, observations: list[dict], infos: list[dict], keys: list[int]
+    ) -> Sequence[np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +104,8 @@ def evaluate(
         while running:
             length += 1
             names = list(running)
-            actions = policy.select_actions([running[s][1] for s in names], [running[s][2] for s in names])
+            observations, infos = [running[s][1] for s in names], [running[s][2] for s in names]
+            actions = policy.select_actions(observations, infos, names)
             expect(len(actions) == len(names), "select_actions", f"{len(names)} actions", len(actions))
             for seed, action in zip(names, actions, strict=True):
                 env = running[seed][0]

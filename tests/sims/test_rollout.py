@@ -13,10 +13,11 @@ class BatchedExpert:
 
     def __init__(self, env):
         self.expert = make_expert(env)
-        self.sizes = []
+        self.sizes, self.keys = [], []
 
-    def select_actions(self, observations, infos):
+    def select_actions(self, observations, infos, keys):
         self.sizes.append(len(observations))
+        self.keys.append(keys)
         return [self.expert.label(obs, info) for obs, info in zip(observations, infos, strict=True)]
 
 
@@ -30,6 +31,8 @@ def test_lock_step_equals_single_episodes():
     outcomes = evaluate(make, policy, [4, 2, 9])
     assert outcomes == [run_episode(env, make_expert(env), seed) for seed in (4, 2, 9)]
     assert policy.sizes[0] == 3
+    assert policy.keys[0] == [4, 2, 9]
+    assert all(len(keys) == size for keys, size in zip(policy.keys, policy.sizes, strict=True))
     assert policy.sizes[-1] >= 1
     assert sum(policy.sizes) == sum(outcome.length for outcome in outcomes)
 
@@ -49,7 +52,7 @@ def test_evaluate_checks_its_arguments():
         evaluate(make, BatchedExpert(make()), [1, 1])
 
     class Short:
-        def select_actions(self, observations, infos):
+        def select_actions(self, observations, infos, keys):
             return []
 
     with pytest.raises(ValueError, match="select_actions: expected 1 actions, got 0"):
