@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dataengine.episodes import Episode, EpisodeDataset
-from enerverse.metrics import Interval, mask_iou, moving_mask, ssim
+from enerverse.metrics import Interval, mask_iou, moving_mask, ssim_map
 from enerverse.pipelines import EnerVersePipeline
 
 HORIZON = 16
@@ -104,7 +104,9 @@ def measure(
     truth = window.truth
     moved = moving_mask(truth, window.last)
     squares = (imagined.double() - truth.double()).square().mean(-3)
-    local = ssim(imagined, truth, moved)
+    similarity = ssim_map(imagined, truth)
+    inside = moved[..., 5:-5, 5:-5]
+    local = (similarity * inside).sum((-2, -1)) / inside.sum((-2, -1))
     mask = robot_mask(window)
     overlap = (
         mask_iou(robot(imagined), mask)
@@ -112,7 +114,7 @@ def measure(
         else torch.zeros(truth.shape[:2])
     )
     parts = (
-        squares, torch.ones_like(squares), squares * moved, moved, ssim(imagined, truth),
+        squares, torch.ones_like(squares), squares * moved, moved, similarity.mean((-2, -1)),
         torch.ones(truth.shape[:2]),
         local.nan_to_num(0.0), torch.isfinite(local), overlap,
     )  # fmt: skip
@@ -161,7 +163,7 @@ def robot_mask(window: Window) -> Tensor | None:
     segmentation = window.episode.segmentation
     if segmentation is None:
         return None
-    stacked = np.stack(list(segmentation.values()), 1)[window.seen : window.seen + HORIZON]
+    stacked = np.stack([masks[window.seen : window.seen + HORIZON] for masks in segmentation.values()], 1)
     return torch.from_numpy(stacked == 1)
 
 

@@ -1,7 +1,7 @@
 """Metrics: image quality, intervals for small samples, distances between feature sets."""
 
 from enerverse.metrics.frechet import frechet_distance
-from enerverse.metrics.images import mask_iou, moving_mask, psnr, ssim
+from enerverse.metrics.images import mask_iou, moving_mask, psnr, ssim, ssim_map
 from enerverse.metrics.intervals import (
     Interval,
     bootstrap_mean,
@@ -21,6 +21,7 @@ __all__ = [
     "moving_mask",
     "psnr",
     "ssim",
+    "ssim_map",
     "student_mean",
     "wilson",
 ]

@@ -33,16 +33,21 @@ def ssim(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tenso
     channels and over the window centres whose window lies inside the image, or over those in `mask` only
     (nan where there are none). Raises ValueError for other shapes, integer images, or sides under 11.
     """
+    similarity = ssim_map(images.double(), reference.double())
+    margin = WINDOW // 2
+    inside = None if mask is None else mask[..., margin:-margin, margin:-margin]
+    return _mean_over(similarity, inside)
+
+
+def ssim_map(images: Tensor, reference: Tensor) -> Tensor:
+    """Return the structural similarity of every window inside the images, `[..., H - 10, W - 10]`; see `ssim`."""
     _check_images(images, reference)
     if min(images.shape[-2:]) < WINDOW:
         size = "x".join(map(str, images.shape[-2:]))
         raise ValueError(
             f"images: expected sides of at least {WINDOW} pixels for SSIM, got {size}; enlarge them"
         )
-    similarity = _ssim_map(images.double(), reference.double()).mean(dim=-3)
-    margin = WINDOW // 2
-    inside = None if mask is None else mask[..., margin:-margin, margin:-margin]
-    return _mean_over(similarity, inside)
+    return _similarity(images, reference).mean(dim=-3)
 
 
 def moving_mask(frames: Tensor, reference: Tensor, threshold: float = 20 / 255) -> Tensor:
@@ -65,7 +70,7 @@ def mask_iou(mask: Tensor, reference: Tensor) -> Tensor:
     return torch.where(union == 0, 1.0, intersection / union.clamp(min=1))
 
 
-def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x = _blur(x * x) - mean_x.square()
     variance_y = _blur(y * y) - mean_y.square()

@@ -1,0 +1,169 @@
+"""Figures and tables of the README, drawn from the committed result files and from nothing else.
+
+    python -m benchmarks.figures [--check]
+
+writes `docs/figures/*.svg` and the text between the markers in README.md; `--check` only says whether both are current.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.results_io import RESULTS, read_results
+from enerverse.charts import Bar, svg_bars
+from enerverse.files import atomic_write
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FIGURES = ROOT / "docs" / "figures"
+MARKERS = re.compile(r"(<!-- figures -->).*?(<!-- /figures -->)", re.DOTALL)
+MODES = {
+    "copy_last": "copy the last frame",
+    "instruction_5_steps": "from the instruction",
+    "instruction_1_step": "from the instruction, 1 step",
+    "actions_5_steps": "given the actions",
+    "actions_1_step": "given the actions, 1 step",
+    "autoencoder": "autoencoder (ceiling)",
+}
+ARMS = {
+    "tokens": "world-model tokens + latents (shipped)",
+    "latents": "latents only (control)",
+    "untrained": "untrained backbone + latents",
+    "mean": "pooled feature + latents",
+    "pixels": "CNN from pixels",
+    "state": "simulator state (harness check)",
+    "random": "random",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Draw everything, or only check that it is current."""
+
+    check: bool = False
+
+
+def imagination_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table and chart of the imagination benchmark."""
+    rows, bars = [], []
+    for split, title in (("test", "disturbed"), ("test_clean", "undisturbed")):
+        for mode, label in MODES.items():
+            for span, row in values[split].get(mode, {}).items():
+                low, high = row["gain_interval"]
+                rows.append(
+                    f"| {title} | {label} | {span} | {row['psnr']:.1f} | {row['psnr_moving']:.1f} | {row['gain']:+.1f} "
+                    f"[{low:+.1f}, {high:+.1f}] | {row['ssim']:.2f} / {row['ssim_moving']:.2f} | {row['robot_iou']:.2f} |"
+                )
+                if split == "test" and mode != "copy_last":
+                    bars.append(Bar(f"{label}, frames {span}", row["gain"], low, high, span))
+    head = "| demonstrations | mode | frames | PSNR | moving | gain over copying | SSIM all / moving | robot overlap |"
+    text = "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
+    best = values.get("best_of", {}).get("best_of_8", {})
+    if best:
+        spans = ", ".join(f"frames {span} {row['gain']:+.1f} dB" for span, row in best.items())
+        text += f"\n\nBest of 8 samples from the instruction: {spans} over copying."
+    return text, {"imagination": svg_bars(bars, "gain over copying the last frame on moving pixels, dB")}
+
+
+def policies_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table and chart of the policy arms."""
+    tasks = [key for key in next(iter(values.values())) if key != "p_against_latents"]
+    rows, bars = [], []
+    for arm, label in ARMS.items():
+        if arm not in values:
+            continue
+        cells = []
+        for task in tasks:
+            row = values[arm][task]
+            low, high = row["interval"]
+            cells.append(f"{100 * row['success']:.0f} [{100 * low:.0f}, {100 * high:.0f}]")
+            bars.append(Bar(f"{task}: {label}", 100 * row["success"], 100 * low, 100 * high, label))
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    bars.sort(key=lambda bar: tasks.index(bar.label.split(":")[0]))
+    head = "| policy input | " + " | ".join(tasks) + " |"
+    return "\n".join([head, "|---|" + "---|" * len(tasks), *rows]), {"policies": svg_bars(bars, "success, %")}
+
+
+def memory_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table and chart of cue recall."""
+    rows, bars = [], []
+    for setting, title in (("history", "true history"), ("rollout", "imagined history")):
+        for policy, row in values[setting].items():
+            low, high = (100 * end for end in row["interval"])
+            rows.append(
+                f"| {title} | {policy} | {100 * row['rate']:.0f} [{low:.0f}, {high:.0f}] | {row['n']} |"
+            )
+            bars.append(Bar(f"{policy}, {title}", 100 * row["rate"], low, high, title))
+    text = "\n".join(["| history | memory policy | recall, % | episodes |", "|---|---|---|---|", *rows])
+    return text, {"memory": svg_bars(bars, "cue recall, %", reference=("chance", 100 / 3))}
+
+
+def cost_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table of the cost of a long rollout."""
+    rows = [
+        f"| {policy} | {row['ms_chunk_5']:.0f} | {row['ms_chunk_100']:.0f} | {row['resident_mb_chunk_5']:.0f} | "
+        f"{row['resident_mb_chunk_100']:.0f} | {row['memory_bytes_chunk_100'] / 1024:.0f} |"
+        for policy, row in values.items()
+    ]
+    head = "| memory policy | ms at chunk 5 | ms at chunk 100 | MB at chunk 5 | MB at chunk 100 | remembered, KiB |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows]), {}
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, dict[str, str]]]]] = {
+    "imagination": ("Imagination on held-out episodes", imagination_section),
+    "policies": ("Policy success in MuJoCo", policies_section),
+    "memory_recall": ("Cue recall after 64 hidden frames", memory_section),
+    "memory_cost": ("Cost of a long rollout", cost_section),
+}
+
+
+def render() -> tuple[str, dict[str, str]]:
+    """The README block and the figures by name."""
+    results = {result.case: result for result in read_results(RESULTS)}
+    parts, figures = [], {}
+    for case, (title, section) in SECTIONS.items():
+        if case not in results:
+            continue
+        result = results[case]
+        text, drawn = section(result.values)
+        figures |= drawn
+        pictures = "\n\n".join(f"![{title}](docs/figures/{name}.svg)" for name in drawn)
+        origin = (
+            f"Measured on {result.device} in {result.seconds:.0f} s (`{case}.json`, commit {result.commit})."
+        )
+        parts.append("\n\n".join(part for part in (f"### {title}", pictures, text, origin) if part))
+    return "\n\n".join(parts), figures
+
+
+def main(settings: Figures) -> None:
+    """Write or check the figures."""
+    block, figures = render()
+    text = README.read_text(encoding="utf-8")
+    if not MARKERS.search(text):
+        raise ValueError(
+            f"{README.name}: expected the markers <!-- figures --> and <!-- /figures -->, found none"
+        )
+    fresh = MARKERS.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", text)
+    targets = {README: fresh} | {FIGURES / f"{name}.svg": svg for name, svg in figures.items()}
+    stale = [
+        path
+        for path, wanted in targets.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != wanted
+    ]
+    if settings.check:
+        sys.exit(f"not current: {', '.join(p.name for p in stale)}; run make figures" if stale else 0)
+    for path in stale:
+        with atomic_write(path) as temporary:
+            temporary.write_text(targets[path], encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Figures))
