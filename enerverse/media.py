@@ -31,22 +31,25 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def encode_mp4(frames: np.ndarray, fps: float) -> bytes:
+def encode_mp4(frames: np.ndarray, fps: float, scale: int = 2) -> bytes:
     """Encode frames uint8 `[T, H, W, 3]` as H.264 in MP4 and return the bytes.
 
     Frames are doubled in size without smoothing: H.264 as browsers play it stores colour at half size and
-    needs even sides, so small frames would lose their colour edges.
-    Raises ValueError for other shapes or types, or a rate that is not positive.
+    needs even sides, so small frames would lose their colour edges. With `scale=1` they are taken as they
+    are and need even sides.
+    Raises ValueError for other shapes or types, odd sides, or a rate that is not positive.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames: expected uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    if scale * frames.shape[1] % 2 or scale * frames.shape[2] % 2:
+        raise ValueError(f"frames: expected even sides at scale {scale}, got {list(frames.shape[1:3])}")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = _add_h264(container, 2 * frames.shape[2], 2 * frames.shape[1], fps)
+        stream = _add_h264(container, scale * frames.shape[2], scale * frames.shape[1], fps)
         for pixels in frames:
-            large = np.ascontiguousarray(pixels.repeat(2, axis=0).repeat(2, axis=1))
+            large = np.ascontiguousarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
             frame = av.VideoFrame.from_ndarray(large, format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
         container.mux(stream.encode())

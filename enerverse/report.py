@@ -109,14 +109,17 @@ class Report:
             raise ValueError(f"picture: expected SVG text, PNG bytes or uint8 pixels [H, W, 3], got {got}")
         return self._figure(svg[start:], caption)
 
-    def video(self, frames: np.ndarray, fps: float, caption: str = "") -> Report:
+    def video(self, frames: np.ndarray, fps: float, caption: str = "", *, width: int | None = None) -> Report:
         """Add a silent looping H.264 video of frames uint8 `[T, H, W, 3]` at `fps` frames per second.
 
-        Videos under 384 wide are enlarged by a whole factor, unsmoothed, and stand side by side. Raises
-        ValueError for other shapes or types.
+        Videos under 384 wide are enlarged by a whole factor, unsmoothed, and stand side by side. With `width` in
+        CSS pixels, frames (of even sides) are taken as they are and shown that wide. Raises ValueError for other
+        shapes or types.
         """
-        source = f"data:video/mp4;base64,{_base64(encode_mp4(frames, fps))}"
-        video = f'<video autoplay loop muted playsinline {_enlarged(frames.shape[2])} src="{source}"></video>'
+        content = encode_mp4(frames, fps, scale=2 if width is None else 1)
+        shown = _enlarged(frames.shape[2]) if width is None else f'width="{width}"'
+        source = f"data:video/mp4;base64,{_base64(content)}"
+        video = f'<video autoplay loop muted playsinline {shown} src="{source}"></video>'
         return self._figure(video, caption, inline=True)
 
     def curve(

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class RenderingError(RuntimeError):
+    """There is no working OpenGL context; the message names the system packages to install."""
+
+
 def expect(condition: bool, argument: str, expected: str, got: object, advice: str = "") -> None:
     """Raise ``ValueError`` in the house's one-sentence form unless ``condition`` holds."""
     if not condition:

@@ -18,7 +18,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from sims.errors import expect_name
+from sims.errors import RenderingError, expect_name
 
 MODALITIES = ("rgb", "depth", "segmentation")
 MAX_GEOMS = 200
@@ -88,7 +88,7 @@ class SharedRenderer:
             self._resources = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
         except Exception as problem:  # each GL backend raises its own kinds
             self._context = None
-            raise RuntimeError(GL_ADVICE.format(problem=repr(str(problem)))) from problem
+            raise RenderingError(GL_ADVICE.format(problem=repr(str(problem)))) from problem
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._resources)
         self._resources.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, MAX_GEOMS)

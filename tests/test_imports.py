@@ -34,7 +34,7 @@ TABLE = {
     ),
     "enerverse": row(
         "dataengine sparse_core torch numpy diffusers accelerate safetensors av tqdm tyro",
-        "transformers sentence_transformers ray viser rerun scipy networkx",
+        "transformers sentence_transformers ray viser rerun scipy networkx cv2",
     ),
 }
 # The programs put the parts together; everything else in enerverse gets an environment as an argument.

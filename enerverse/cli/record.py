@@ -4,41 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import gymnasium
-import numpy as np
+from enerverse.cli.messages import announce
+from enerverse.cli.simulator import SeededExpert, make_env
 
-import sims  # noqa: F401 - registers the environments
-from dataengine.episodes import EpisodeWriter
-from dataengine.record import RecordReport, record, writer_arguments
-from enerverse.config import unknown
-from sims.experts import Expert, make_expert
-from sims.tasks import TASKS
+if TYPE_CHECKING:
+    from dataengine.record import RecordReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Record demonstrations of a task into a LeRobot v3 dataset (with cameras); run again to go on.
-
-    task: one of the simulator's tasks. out: dataset folder. episodes: how many successful ones to keep.
-    noise: strength of the disturbance on the expert (the clean action is kept as the label). clean_share:
-    share of episodes without it.
-    """
+    """Record demonstrations of a task into a LeRobot v3 dataset (with cameras); run again to go on."""
 
     task: str
+    """One of the simulator's tasks; `enerverse info` lists them."""
     out: Path
+    """Dataset folder; made where missing, gone on with where not."""
     episodes: int = 50
+    """How many successful episodes the dataset shall hold."""
     seed: int = 0
+    """First seed; every episode takes the next one."""
     noise: float = 1.0
+    """Strength of the disturbance on the expert (the clean action is kept as the label)."""
     clean_share: float = 0.25
+    """Share of episodes without disturbance."""
     cameras: tuple[str, ...] = ("front", "left", "top")
+    """Views to record."""
     image_size: int = 64
+    """Side of the square pictures, in pixels."""
     segmentation: bool = False
+    """Record what each pixel belongs to."""
     depth: bool = False
+    """Record depth in metres."""
     randomize: bool = False
+    """Draw colours, light and cameras anew in every episode."""
 
     def run(self) -> None:
+        """Record and say where it lies."""
+        announce(
+            f"record: {self.episodes} demonstrations of {self.task}, seeds from {self.seed} on",
+            f"views: {', '.join(self.cameras)}, {self.image_size} x {self.image_size} pixels",
+            f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
+        )
         report = record_task(self)
         print(
             f"kept {report.kept} of {report.tried} episodes, {report.frames} frames "
@@ -47,31 +55,11 @@ class Record:
         print(f"next: enerverse train autoencoder --data {self.out} --out runs/mine")
 
 
-class SeededExpert:
-    """The scripted expert of an environment as a recording policy: noise depends on the episode's seed
-    alone."""
-
-    def __init__(self, env: gymnasium.Env, noise: float, clean_share: float):
-        self.env, self.noise, self.clean_share = env, noise, clean_share
-
-    def reset(self, seed: int) -> None:
-        rng = np.random.default_rng((7, seed))
-        noise = 0.0 if rng.random() < self.clean_share else self.noise
-        self.expert: Expert = make_expert(self.env, noise=noise, rng=rng)
-
-    def act(self, obs: dict[str, Any], info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        return self.expert.act(obs, info)
-
-
-def make_env(task: str, **options: Any) -> gymnasium.Env:
-    """The environment of a task; ValueError names the closest task when there is none."""
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    return gymnasium.make(f"enerverse/{task}-v0", **options)
-
-
 def record_task(settings: Record) -> RecordReport:
     """Do what `settings` say."""
+    from dataengine.episodes import EpisodeWriter
+    from dataengine.record import record, writer_arguments
+
     modalities = ["rgb"] + ["segmentation"] * settings.segmentation + ["depth"] * settings.depth
     env = make_env(
         settings.task, cameras=settings.cameras, image_size=settings.image_size, modalities=tuple(modalities),

@@ -1,0 +1,164 @@
+"""`enerverse demo`: imagine and act in every task, and write one page about it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from enerverse.cli.checkpoints import check_device, load_policy, load_world
+from enerverse.cli.messages import announce, table
+from enerverse.cli.simulator import check_task, demonstrate
+
+if TYPE_CHECKING:
+    from enerverse.demo.results import Acting, DemoResults, Imaginations
+    from enerverse.demo.takes import Take
+    from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
+
+DEMO_SEED = 90_000  # far from every seed of the training data
+OBSERVED = {"CueDelayReach": 73}  # the go signal comes with frame 72
+MEMORY_TASK = "CueDelayReach"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Imagine and act in every task with a trained checkpoint and write a report page (a few minutes)."""
+
+    checkpoint: Path | None = None
+    """Checkpoint or run folder; when not given, the shipped one."""
+    out: Path = Path("runs/demo")
+    """Folder of the report."""
+    episodes: int = 10
+    """Episodes that the policy plays per task."""
+    tasks: tuple[str, ...] = ("Lift", "Push", "PickPlace", "OpenDrawer", "CueDelayReach")
+    """Tasks to show."""
+    takes: int = 2
+    """Episodes to imagine per task."""
+    frames: int = 32
+    """Frames to imagine per episode."""
+    observed: int = 4
+    """Frames that the model sees before (CueDelayReach: up to the go signal)."""
+    device: str | None = None
+    """cpu or cuda; when not given, the GPU if there is one."""
+
+    def run(self) -> None:
+        """Measure, print the table, write the page."""
+        self._check()
+        pipe, policy = load_world(self.checkpoint, self.device), load_policy(self.checkpoint, self.device)
+        pipe.set_progress_bar_config(disable=True)
+        announce(
+            f"demo: {', '.join(self.tasks)}",
+            f"imagine {self.frames} frames of {self.takes} new episodes per task, from the instruction and from "
+            "the actions",
+            f"let the policy play {self.episodes} episodes per task in MuJoCo",
+            f"into {self.out / 'report.html'}; about three minutes on two cores",
+        )
+        results = measure(self, pipe, policy)
+        from enerverse.demo.page import build
+
+        path = build(results).write(self.out / "report.html")
+        print(table(results.rows(), results.columns()))
+        print(table(results.timing(), ["time", ""]))
+        print(f"report: {path}")
+        print("next: open it in a browser; enerverse imagine --help")
+
+    def _check(self) -> None:
+        for task in self.tasks:
+            check_task(task)
+        for name in ("episodes", "takes", "frames", "observed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one, got none")
+
+
+@dataclass
+class Clock:
+    """Seconds by part of the work, said aloud as it goes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str, detail: str) -> Iterator[None]:
+        """Count the block towards `name`."""
+        if sys.stderr.isatty():
+            print(f"  {name} {detail} ...", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def measure(settings: Demo, pipe: EnerVersePipeline, policy: EnerVersePolicy) -> DemoResults:
+    """Record, imagine and play every task."""
+    from enerverse.demo.results import DemoResults
+    from enerverse.environment import device_name
+
+    clock, imaginations, acting, memory = Clock(), {}, {}, None
+    for task in settings.tasks:
+        with clock.part("recording", task):
+            takes = record_takes(settings, pipe, task)
+        with clock.part("imagining", task):
+            imaginations[task] = imagine_task(settings, pipe, task, takes)
+        if task == MEMORY_TASK:
+            with clock.part("imagining", "with other memories"):
+                memory = compare_memories(settings, pipe, takes)
+        with clock.part("acting", task):
+            acting[task] = act(settings, policy, task)
+    chunk_times = [told.chunk_ms for part in imaginations.values() for told in part.versions.values()]
+    return DemoResults(
+        imaginations=imaginations, acting=acting, memory=memory, seconds=clock.seconds,
+        chunk_ms=sum(chunk_times) / len(chunk_times), chunk=pipe.unet.config.chunk, fps=pipe.config.fps,
+        device=device_name(check_device(settings.device)),
+        checkpoint=f"Checkpoint: {settings.checkpoint or 'shipped (tiny)'}",
+    )  # fmt: skip
+
+
+def record_takes(settings: Demo, pipe: EnerVersePipeline, task: str) -> list[Take]:
+    """New demonstrations, in memory."""
+    from enerverse.demo.takes import from_rollout
+
+    views, size = tuple(pipe.config.views), pipe.config.image_size
+    played = demonstrate(task, views, size, settings.takes, DEMO_SEED)
+    return [from_rollout(one.observations, one.infos, one.actions, views, pipe.config.fps) for one in played]
+
+
+def imagine_task(settings: Demo, pipe: EnerVersePipeline, task: str, takes: list[Take]) -> Imaginations:
+    """The same futures from the instruction alone and from the true actions."""
+    from enerverse.demo.imagining import imagine
+    from enerverse.demo.results import Imaginations
+
+    seen = OBSERVED.get(task, settings.observed)
+    versions = {
+        "instruction": imagine(pipe, takes, seen, settings.frames),
+        "actions": imagine(pipe, takes, seen, settings.frames, with_actions=True),
+    }
+    return Imaginations(takes=takes, seen=seen, versions=versions)
+
+
+def compare_memories(settings: Demo, pipe: EnerVersePipeline, takes: list[Take]) -> Imaginations:
+    """CueDelayReach from the go signal on, with memory of the cue and without."""
+    from enerverse.demo.imagining import imagine
+    from enerverse.demo.results import Imaginations
+
+    seen = OBSERVED[MEMORY_TASK]
+    versions = {
+        name: imagine(pipe, takes, seen, 3 * pipe.unet.config.chunk, memory=policy)
+        for name, policy in (("sparse memory", "sparse_uniform"), ("last frames only", "dense"))
+    }
+    return Imaginations(takes=takes, seen=seen, versions=versions)
+
+
+def act(settings: Demo, policy: EnerVersePolicy, task: str) -> Acting:
+    """Let the policy play on its own seeds."""
+    from enerverse.cli.playing import play
+    from enerverse.demo.results import Acting
+
+    played = play(policy, task, range(DEMO_SEED + 1000, DEMO_SEED + 1000 + settings.episodes))
+    return Acting(
+        wins=sum(outcome.success for outcome in played.outcomes), episodes=len(played.outcomes),
+        success=played.success, steps=played.steps, decision_ms=played.decision_ms, film=played.film(),
+    )  # fmt: skip

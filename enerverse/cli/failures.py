@@ -1,0 +1,45 @@
+"""Failures that a user can cause, each as one sentence; anything else is ours and keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+FAILED, INTERRUPTED = 2, 130
+_NAMED = (  # looked up only in modules that are loaded: what is not loaded cannot have raised
+    ("dataengine.errors", "DatasetError", FAILED),
+    ("enerverse.train.loop", "NotFinite", FAILED),
+    ("enerverse.train.loop", "TrainingStopped", INTERRUPTED),
+    ("sims.errors", "RenderingError", FAILED),
+)
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of an expected failure, None for a mistake in the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    for module, name, code in _NAMED:
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return code
+    return FAILED if isinstance(error, (ValueError, OSError)) else None
+
+
+def explain(error: BaseException) -> str:
+    """One line of text for an expected failure."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; nothing more was written"
+    if isinstance(error, OSError) and error.errno and error.strerror and error.args[1:]:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{_system_words(error)}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _system_words(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space or choose another folder"
+    if error.errno == errno.ENOENT:
+        return "expected a file or folder, found none; check the path"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "not allowed to write or read there; choose another path"
+    return str(error.strerror)

@@ -1,0 +1,23 @@
+"""What the program says: what it is about to do, a table, what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def announce(*lines: str) -> None:
+    """Say what is about to happen, in at most six lines."""
+    print("\n".join(lines), flush=True)
+
+
+def table(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:
+    """Rows under their columns as aligned text; floats with one decimal."""
+    cells = [list(columns), *[[_text(value) for value in row] for row in rows]]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

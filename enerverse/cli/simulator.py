@@ -1,0 +1,82 @@
+"""The simulator as the verbs use it: environments by task name, the scripted expert, demonstrations in memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import gymnasium
+
+    from sims.experts import Expert
+    from sims.rollout import Rollout
+
+BACKENDS = ("egl", "osmesa", "glfw")
+
+
+def check_task(task: str) -> str:
+    """`task` when it is one of the simulator's; ValueError names the closest one when not."""
+    check_backend()
+    from enerverse.config import unknown
+    from sims.tasks import TASKS
+
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    return task
+
+
+def check_backend() -> None:
+    """ValueError where MUJOCO_GL names no OpenGL backend: importing mujoco would end in a traceback."""
+    chosen = os.environ.get("MUJOCO_GL", "")
+    off = ("", "0", "no", "off", "false", "disable", "disabled")
+    if chosen.lower().strip() not in (*BACKENDS, *off):
+        raise ValueError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)}, got {chosen!r}; unset it")
+
+
+def make_env(task: str, **options: Any) -> gymnasium.Env:
+    """The environment of a task; ValueError names the closest task when there is none."""
+    check_task(task)
+    import gymnasium
+
+    import sims  # noqa: F401 - registers the environments
+
+    return gymnasium.make(f"enerverse/{task}-v0", **options)
+
+
+class SeededExpert:
+    """The scripted expert as a recording policy: noise depends on the episode's seed alone."""
+
+    def __init__(self, env: gymnasium.Env, noise: float, clean_share: float = 0.0):
+        self.env, self.noise, self.clean_share = env, noise, clean_share
+
+    def reset(self, seed: int) -> None:
+        """Start the episode of `seed`."""
+        from sims.experts import make_expert
+
+        rng = np.random.default_rng((7, seed))
+        noise = 0.0 if rng.random() < self.clean_share else self.noise
+        self.expert: Expert = make_expert(self.env, noise=noise, rng=rng)
+
+    def act(self, obs: dict[str, Any], info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Executed action and clean label, each [7]."""
+        return self.expert.act(obs, info)
+
+
+def demonstrate(task: str, views: tuple[str, ...], size: int, count: int, seed: int) -> list[Rollout]:
+    """`count` successful demonstrations with the usual disturbance, from `seed` on, kept in memory."""
+    env = make_env(task, cameras=views, image_size=size)
+    from sims.rollout import rollout
+
+    expert, kept = SeededExpert(env, noise=1.0), []
+    try:
+        for current in range(seed, seed + 10 * count):
+            expert.reset(current)
+            played = rollout(env, expert, current)
+            kept += [played] if played.success else []
+            if len(kept) == count:
+                return kept
+    finally:
+        env.close()
+    raise ValueError(f"{task}: expected {count} demonstrations from seed {seed} on, got {len(kept)}")

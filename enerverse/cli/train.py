@@ -1,0 +1,129 @@
+"""`enerverse train`: the three stages, one after another, in one run folder.
+
+    RUN/autoencoder/            run folder of the stage (config.json, metrics.jsonl, checkpoints/) ...
+    RUN/autoencoder/autoencoder ... and its result
+    RUN/latents.safetensors     the dataset as latents; latents.json says of which data and autoencoder
+    RUN/world/pipeline          the world model (EnerVersePipeline), in its own run folder RUN/world
+    RUN/policy/policy           the policy (EnerVersePolicy), in its own run folder RUN/policy
+    RUN/checkpoint/             what to ship: `world`, `policy` and `card.md`; --checkpoint RUN finds it
+
+Running a stage again goes on where it stopped; another config or other data in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from enerverse.cli.checkpoints import check_device
+from enerverse.cli.messages import announce
+
+if TYPE_CHECKING:
+    from dataengine.episodes import EpisodeDataset
+    from enerverse.presets import Preset
+
+STAGES = ("autoencoder", "world", "policy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one stage (autoencoder, then world, then policy) in a run folder; run again to go on."""
+
+    stage: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="{autoencoder,world,policy}")]
+    """autoencoder, world or policy; each needs the one before it."""
+    data: tuple[Path, ...]
+    """One or more dataset folders."""
+    out: Path = Path("runs/mine")
+    """Run folder, the same for all three stages."""
+    preset: str = "tiny"
+    """Sizes and optimisation; `enerverse info` lists them."""
+    steps: int | None = None
+    """Optimiser steps; when not given, the preset's."""
+    batch: int | None = None
+    """Windows or pictures per step; when not given, the preset's."""
+    seed: int | None = None
+    """Seed of weights, windows and noise; when not given, the preset's (0)."""
+    device: str | None = None
+    """cpu or cuda; when not given, the GPU if there is one."""
+    autoencoder: Path | None = None
+    """For the stage world: a trained autoencoder; when not given, the one in the run folder."""
+    world: Path | None = None
+    """For the stage policy: a trained world model; when not given, the one in the run folder."""
+
+    def run(self) -> None:
+        """Train the stage and say what comes next."""
+        preset, device = self.settings(), check_device(self.device)
+        from enerverse.cli import stages
+
+        datasets = open_datasets(self.data, preset)
+        self._announce(preset, device)
+        result = getattr(stages, self.stage)(self, preset, datasets, device)
+        print(f"done: {result}")
+        print(f"next: {self._next()}")
+
+    def settings(self) -> Preset:
+        """The preset with the flags worked in. Raises ValueError for an unknown preset or stage."""
+        from enerverse.config import unknown
+        from enerverse.presets import get_preset
+
+        if self.stage not in STAGES:
+            raise unknown("stage", self.stage, STAGES)
+        preset = get_preset(self.preset)
+        given = {name: getattr(self, name) for name in ("steps", "batch", "seed")}
+        changed = {name: value for name, value in given.items() if value is not None}
+        section = f"train_{self.stage}"
+        return replace(preset, **{section: replace(getattr(preset, section), **changed)})
+
+    def _announce(self, preset: Preset, device: str) -> None:
+        config = getattr(preset, f"train_{self.stage}")
+        announce(
+            f"train {self.stage}: preset {preset.name}, {config.steps} steps of {config.batch} on {device}",
+            f"reads {', '.join(map(str, self.data))}",
+            f"writes {self.out / self.stage}; Ctrl-C saves, the same command goes on",
+        )
+
+    def _next(self) -> str:
+        data = " ".join(map(str, self.data))
+        if self.stage == "policy":
+            return f"enerverse rollout --checkpoint {self.out} --task Lift"
+        following = STAGES[STAGES.index(self.stage) + 1]
+        return f"enerverse train {following} --data {data} --out {self.out}"
+
+
+def open_datasets(folders: tuple[Path, ...], preset: Preset) -> list[EpisodeDataset]:
+    """The datasets, each with the preset's views and picture size. Raises DatasetError or ValueError."""
+    from dataengine.episodes import EpisodeDataset
+
+    if not folders:
+        raise ValueError("data: expected at least one dataset folder, got none")
+    datasets = [EpisodeDataset(folder) for folder in folders]
+    for dataset in datasets:
+        check_pictures(dataset, preset.views, preset.image_size, f"preset {preset.name}")
+    return datasets
+
+
+def check_pictures(dataset: EpisodeDataset, views: tuple[str, ...], size: int, reader: str) -> None:
+    """ValueError unless `dataset` has episodes with `views`, each of `size` x `size` pixels."""
+    missing = [view for view in views if view not in dataset.views]
+    if missing:
+        raise ValueError(
+            f"{dataset.root}: expected the {len(views)} views {', '.join(views)} for the {reader}, got "
+            f"{', '.join(dataset.views) or 'none'}; record with --cameras {' '.join(views)}"
+        )
+    if not len(dataset):
+        raise ValueError(f"{dataset.root}: expected at least one episode, got none; record some first")
+    for view in views:
+        height, width = _picture_size(dataset, view)
+        if (height, width) != (size, size):
+            raise ValueError(
+                f"{dataset.root}: expected pictures of {size} x {size} pixels for the {reader}, got "
+                f"{height} x {width}; record with --image-size {size}"
+            )
+
+
+def _picture_size(dataset: EpisodeDataset, view: str) -> tuple[int, int]:
+    feature: Any = dataset.features[f"observation.images.{view}"]
+    return int(feature["shape"][0]), int(feature["shape"][1])
