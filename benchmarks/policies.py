@@ -24,11 +24,13 @@ from enerverse.cli.record import make_env
 from enerverse.data import LatentEpisodes, read_images
 from enerverse.files import atomic_write
 from enerverse.metrics import mcnemar_exact, wilson
+from enerverse.model import VideoUNet
 from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
 from enerverse.policy import PolicyConfig
 from enerverse.presets import tiny
 from enerverse.recipes.tiny import TASKS, read_split
 from enerverse.train.policy import train_policy
+from enerverse.train.stages import build_text_encoder
 from sims.rollout import Outcome, evaluate
 
 BASE = PolicyConfig()
@@ -86,7 +88,8 @@ def train_arm(settings: Train) -> None:
     )
     if settings.arm == "untrained":
         torch.manual_seed(settings.seed)
-        pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
+        pipe.unet = VideoUNet(**preset.unet_arguments()).eval()
+        pipe.text_encoder = build_text_encoder(preset.text).eval()
     images = (
         read_images(list(read_split(settings.run, "train").values()), preset.views) if config.pixels else None
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dataengine.episodes import Episode, EpisodeDataset
+from enerverse.data import encode_images
 from enerverse.metrics import Interval, mask_iou, moving_mask, ssim_map
 from enerverse.pipelines import EnerVersePipeline
 
@@ -20,12 +21,13 @@ SPANS = {"1-8": slice(0, 8), "9-16": slice(8, 16)}
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A held-out window: pictures uint8 [T, V, P, P, 3] of which the first `seen` are observed, and what
-    goes with it."""
+    """A held-out window: pictures uint8 [T, V, P, P, 3] of which the first `seen` are observed, the latents
+    [seen, V, C, h, w] of those, and the episode they come from."""
 
     pictures: np.ndarray
     seen: int
     episode: Episode
+    latents: Tensor
 
     @property
     def truth(self) -> Tensor:
@@ -38,46 +40,54 @@ class Window:
         return _to_tensor(self.pictures[self.seen - 1])
 
 
-def held_out_windows(dataset: EpisodeDataset, views: tuple[str, ...], per_episode: int = 3) -> list[Window]:
+def held_out_windows(pipe: EnerVersePipeline, dataset: EpisodeDataset, per_episode: int = 3) -> list[Window]:
     """`per_episode` windows spread evenly over every episode that is long enough for 16 future frames."""
     windows = []
     for index in range(len(dataset)):
-        episode = dataset.episode(index, views=views)
+        episode = dataset.episode(index, views=tuple(pipe.config.views))
         latest = len(episode) - HORIZON
         if latest < 1:
             continue
-        for seen in sorted({round(x) for x in np.linspace(1, latest, per_episode)}):
-            windows.append(
-                Window(pictures=episode.stacked_images[: seen + HORIZON], seen=seen, episode=episode)
+        pictures = episode.stacked_images
+        latents = encode_images(pipe.autoencoder, pictures[:latest]).float()
+        places = 1 + (latest - 1) * (np.arange(per_episode) + 0.5) / per_episode
+        for seen in sorted({round(place) for place in places}):
+            window = Window(
+                pictures=pictures[: seen + HORIZON], seen=seen, episode=episode, latents=latents[:seen]
             )
+            windows.append(window)
     return windows
 
 
+@torch.no_grad()
 def imagine_window(
-    pipe: EnerVersePipeline, window: Window, *, with_actions: bool, generator: torch.Generator, steps: int = 5
+    pipe: EnerVersePipeline,
+    window: Window,
+    *,
+    with_actions: bool,
+    generator: torch.Generator,
+    steps: int = 5,
+    samples: int = 1,
 ) -> Tensor:
-    """The 16 frames after a window's observed ones, [H, V, 3, P, P]."""
-    views, episode = tuple(pipe.config.views), window.episode
-    now = window.seen - 1
-    cameras = episode.cameras.select(views)
-    first = (cameras.intrinsics, cameras.camera_to_world)
-    pair = tuple(part[0] if part.ndim == 4 else part for part in first)
-    told = (
-        {"actions": episode.action[None, now : now + HORIZON], "state": episode.state[None, now]}
-        if with_actions
-        else {}
-    )
+    """The 16 frames after a window's observed ones, `samples` times: [samples, H, V, 3, P, P]."""
+    episode, now = window.episode, window.seen - 1
+    assert episode.cameras is not None
+    cameras = episode.cameras.select(tuple(pipe.config.views)).at(0)
+    told = {}
+    if with_actions:
+        told = {"actions": episode.action[None, now : now + HORIZON], "state": episode.state[None, now]}
+        told = {name: np.repeat(value, samples, 0) for name, value in told.items()}
     imagined = pipe(
-        window.pictures[None, : window.seen],
+        window.latents[None].expand(samples, -1, -1, -1, -1, -1),
         episode.task,
-        pair,
+        cameras,
         num_frames=HORIZON,
         num_inference_steps=steps,
         generator=generator,
         stop_at_end=False,
         **told,
     )
-    return imagined.frames[0]
+    return imagined.frames
 
 
 COLUMNS = (
@@ -184,10 +194,9 @@ def best_of(
     """Of `count` imaginations the one closest to the truth on moving pixels: what uncertainty about the
     future costs."""
     moved = moving_mask(window.truth, window.last)[:, :, None]
-    samples = [
-        imagine_window(pipe, window, with_actions=False, generator=generator, steps=steps)
-        for _ in range(count)
-    ]
+    samples = imagine_window(
+        pipe, window, with_actions=False, generator=generator, steps=steps, samples=count
+    )
     return min(samples, key=lambda frames: float(((frames - window.truth).square() * moved).sum()))
 
 

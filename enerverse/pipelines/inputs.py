@@ -125,6 +125,15 @@ def read_actions(actions: Any, name: str, batch: int, steps: int | None, width: 
     return values
 
 
+def _read_latents(pipe: EnerVersePipeline, images: Any, views: tuple[str, ...], size: int) -> Tensor:
+    """Latents [B, V, n, C, h, w] of pictures; latents [B, n, V, C, h, w] encoded before pass through."""
+    encoded = (len(views), pipe.unet.config.channels, pipe.unet.config.grid, pipe.unet.config.grid)
+    if isinstance(images, Tensor) and images.ndim == 6 and tuple(images.shape[2:]) == encoded:
+        return images.to(pipe.device).float().transpose(1, 2)
+    frames = read_images(images, views, size).to(pipe.device)
+    return pipe.autoencoder.encode(frames).transpose(1, 2).float()
+
+
 def read_observation(
     pipe: EnerVersePipeline,
     images: Any,
@@ -136,12 +145,11 @@ def read_observation(
 ) -> Observation:
     """Check and encode everything that `EnerVersePipeline` was given."""
     views, size = tuple(pipe.config.views), pipe.config.image_size
-    frames = read_images(images, views, size).to(pipe.device)
-    texts = [instruction] * len(frames) if isinstance(instruction, str) else list(instruction)
-    if len(texts) != len(frames):
-        raise ValueError(f"instruction: expected one per episode ({len(frames)}), got {len(texts)}")
-    intrinsics, poses = (part.to(pipe.device) for part in read_cameras(cameras, views, size, len(frames)))
-    latents = pipe.autoencoder.encode(frames).transpose(1, 2).float()
+    latents = _read_latents(pipe, images, views, size)
+    texts = [instruction] * len(latents) if isinstance(instruction, str) else list(instruction)
+    if len(texts) != len(latents):
+        raise ValueError(f"instruction: expected one per episode ({len(latents)}), got {len(texts)}")
+    intrinsics, poses = (part.to(pipe.device) for part in read_cameras(cameras, views, size, len(latents)))
     grid = (latents.shape[-2], latents.shape[-1])
     seen = Observation(
         latents=latents,
@@ -159,12 +167,12 @@ def read_observation(
             "state: expected proprioception [B, S] beside actions, got None; pass the last observed state"
         )
     chunk = pipe.unet.config.chunk
-    moves = read_actions(actions, "actions", len(frames), num_frames, pipe.unet.config.action_dim).to(
+    moves = read_actions(actions, "actions", len(latents), num_frames, pipe.unet.config.action_dim).to(
         pipe.device
     )
     resting = torch.zeros_like(moves[:, -1:]).repeat(1, -moves.shape[1] % chunk, 1)
     resting[..., -1] = moves[:, -1:, -1]
     moves = torch.cat([moves, resting], 1)
-    body = torch.as_tensor(np.asarray(state)).float().reshape(len(frames), -1).to(pipe.device)
+    body = torch.as_tensor(np.asarray(state)).float().reshape(len(latents), -1).to(pipe.device)
     told, path = pipe.draw_plan(seen, moves, body)
     return replace(seen, actions=told, path=path)

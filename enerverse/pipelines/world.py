@@ -53,6 +53,7 @@ class EnerVersePipeline(SavedPipeline):
         end_threshold: float = 0.35,
         action_scale: tuple[float, ...] = (0.016, 0.016, 0.016),
         command: int = 8,
+        mixed_precision: bool = True,
     ):
         super().__init__()
         self.register_modules(
@@ -70,6 +71,7 @@ class EnerVersePipeline(SavedPipeline):
             end_threshold=end_threshold,
             action_scale=tuple(action_scale),
             command=command,
+            mixed_precision=mixed_precision,
         )
 
     @property
@@ -161,10 +163,11 @@ class EnerVersePipeline(SavedPipeline):
         noise = torch.randn(shape, generator=generator, device="cpu").to(context)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
-            prediction = self.unet(noisy, time, told)
-            if guidance == 1.0:
-                return prediction
-            base = self.unet(noisy, time, free)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision):
+                prediction = self.unet(noisy, time, told).float()
+                if guidance == 1.0:
+                    return prediction
+                base = self.unet(noisy, time, free).float()
             return base + guidance * (prediction - base)
 
         def report(index: int, time: Tensor, sample: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ def read_features(
     """Mid-block features [B, F, V, h', w', D] of the window frames `frames` for memory [B, V, K, C, h, w].
 
     One backbone pass at pure noise, the way up is not run (EnerVerse, section 2.3: the first denoising step).
+    It runs in bfloat16, in training as in use.
     """
     noise = fixed_noise(unet, memory.shape[1]).to(memory).expand(len(memory), -1, -1, -1, -1, -1)
     time = torch.ones(len(memory), device=memory.device)
     conditions = Conditions(memory=memory, offsets=offsets, rays=rays, text=text)
-    features = unet.features(noise, time, conditions)
+    with torch.autocast(memory.device.type, torch.bfloat16):
+        features = unet.features(noise, time, conditions).float()
     return features[:, :, list(frames)].transpose(1, 2)
