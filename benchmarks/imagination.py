@@ -43,7 +43,7 @@ class Imagination:
 
     run: Path = Path("runs/tiny")
     world: Path | None = None
-    windows: int = 3
+    windows: int = 2
     samples: int = 8
     steps: int = 5
     seed: int = 0
@@ -71,7 +71,7 @@ def modes(settings: Imagination, pipe: EnerVersePipeline) -> dict[str, object]:
     def imagine(actions: bool, steps: int) -> object:
         return lambda window, generator: imagine_window(
             pipe, window, with_actions=actions, generator=generator, steps=steps
-        )
+        )[0]
 
     return {
         "copy_last": lambda window, _: copy_last(window),
@@ -96,9 +96,8 @@ def score_split(
     for task, dataset in read_split(settings.run, split).items():
         if task not in settings.tasks:
             continue
-        for window in tqdm(
-            held_out_windows(dataset, tuple(pipe.config.views), settings.windows), desc=f"{split} {task}"
-        ):
+        windows = held_out_windows(pipe, dataset, settings.windows)
+        for window in tqdm(windows, desc=f"{split} {task}", disable=None):
             tasks.append(task)
             episodes.append(f"{task}/{window.episode.index}")
             for mode, imagine in chosen.items():
@@ -161,7 +160,7 @@ def main(settings: Imagination) -> None:
         }
         one_window = Imagination(**{**vars(settings), "windows": 1})
         values["best_of"] = score_split(one_window, pipe, robot, "test", single | best)
-    sample = [w for d in read_split(settings.run, "test").values() for w in held_out_windows(d, views, 1)[:5]]
+    sample = [w for d in read_split(settings.run, "test").values() for w in held_out_windows(pipe, d, 1)[:5]]
     values["segmenter_iou_on_truth"] = round(segmenter_ceiling(robot, sample), 3)
     path = write_result(settings.case, values, seconds=time.perf_counter() - began)
     _print(values)
