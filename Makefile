@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 PY ?= $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CLAIMS ?=
 
 # One thread per process: torch's own threads slow small operations down on busy cores.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +14,7 @@ else
 READY :=
 endif
 
-.PHONY: install demo test lint types tiny bench claims test-gpu bench-gpu figures docs clean
+.PHONY: install demo test lint types tiny ship bench arms test-gpu bench-gpu figures docs clean
 
 install: $(STAMP)
 
@@ -42,17 +41,23 @@ types: $(READY)
 tiny: $(READY)
 	$(PY) -m enerverse.recipes.tiny
 
-bench: $(READY)
-	$(PY) -m benchmarks.speed
+ship: tiny
+	$(PY) -m enerverse.recipes.ship
 
-claims: $(READY)
-	$(PY) -m benchmarks.claims $(CLAIMS)
+bench: $(READY)
+	$(PY) -m benchmarks.imagination
+	$(PY) -m benchmarks.memory recall
+	$(PY) -m benchmarks.memory cost
+	$(PY) -m benchmarks.policies evaluate
+
+arms: $(READY)
+	for arm in latents untrained mean pixels state; do $(PY) -m benchmarks.policies train --arm $$arm || exit 1; done
 
 test-gpu: $(READY)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m gpu -rs
 
 bench-gpu: $(READY)
-	$(PY) -m benchmarks.speed --device cuda
+	$(PY) -m benchmarks.throughput --device cuda
 
 figures: $(READY)
 	$(PY) -m benchmarks.figures

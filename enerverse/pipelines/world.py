@@ -114,11 +114,11 @@ class EnerVersePipeline(SavedPipeline):
     ) -> Imagination:
         """Imagine `num_frames` frames after the observed ones, chunk by chunk.
 
-        images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may
-        be left out), or their latents [B, n, V, C, h, w]; cameras: `dataengine.cameras.Cameras` or a (intrinsics [V, 3, 3], camera_to_world [V, 4, 4])
-        pair; actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the last observed
-        frame turn imagination into simulation. Raises ValueError, in one sentence, for wrong shapes, values
-        or names.
+        images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left
+        out), or their latents [B, n, V, C, h, w]; cameras: `dataengine.cameras.Cameras` or a pair of
+        intrinsics [V, 3, 3] and camera_to_world [V, 4, 4]; actions [B, num_frames, A] in [-1, 1] with
+        proprioception `state` [B, S] at the last observed frame turn imagination into simulation. Raises
+        ValueError, in one sentence, for wrong shapes, values or names.
         """
         if output_type not in ("pt", "np", "latent"):
             raise ValueError(f"output_type: expected 'pt', 'np' or 'latent', got {output_type!r}")

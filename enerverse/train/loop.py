@@ -193,8 +193,10 @@ def _record(run: Path, row: dict[str, float], bar: Any, writer: Any) -> None:
 
 
 def _tensorboard(run: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: expected the package, found none; run pip install 'enerverse[logging]'") from error
     return SummaryWriter(str(run))
 
 
