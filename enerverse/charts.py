@@ -17,7 +17,7 @@ Numbers = Sequence[float] | np.ndarray
 Series = Numbers | tuple[Numbers, Numbers]
 
 COLOURS = 6
-CHARACTER = 6.4  # mean advance of the 12-unit sans-serif letters, for layout only
+CHARACTER = 7.2  # mean advance of 12-unit letters in a wide sans-serif (DejaVu), for layout only
 _STYLE = """<style>
 .chart {
   --ink: #24292f; --faint: #656d76; --grid: #d8dee4;

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-HEADER, MARGIN, GAP = 30, 76, 6  # pixels: strip of column names, strip of row names, space between pictures
+HEADER, MARGIN, GAP = 34, 76, 6  # pixels: strip of column names, strip of row names, space between pictures
 PAPER, INK, ABSENT = 255, 40, 224  # grey levels: page, text, where there is no picture
 GOOD, BAD = (46, 160, 67), (207, 34, 46)
 
@@ -29,7 +29,7 @@ def comparison(columns: Mapping[str, np.ndarray], rows: Sequence[str], side: int
     film = _page(max(map(len, columns.values())), HEADER + pitch * len(rows), MARGIN + pitch * len(columns))
     for column, (name, frames) in enumerate(columns.items()):
         left = MARGIN + column * pitch
-        write(film, name, left, 20)
+        write(film, name, left, HEADER - 12)
         for row in range(len(rows)):
             _paste(film, frames[:, row], HEADER + row * pitch, left, scale)
     for row, name in enumerate(rows):
@@ -51,13 +51,13 @@ def mosaic(
     for index, (clip, name, fine) in enumerate(zip(clips, names, good, strict=True)):
         top, left = (index // across) * (pitch + HEADER), GAP + (index % across) * pitch
         held = np.concatenate([clip, clip[-1:].repeat(len(film) - len(clip), 0)])
-        write(film, name, left, top + 20)
+        write(film, name, left, top + HEADER - 12, 0.5)
         _paste(film, held, top + HEADER, left, size // clip.shape[1])
         film[:, top + HEADER - 4 : top + HEADER, left : left + size] = GOOD if fine else BAD
     return film
 
 
-def write(film: np.ndarray, text: str, left: int, baseline: int, size: float = 0.45) -> None:
+def write(film: np.ndarray, text: str, left: int, baseline: int, size: float = 0.7) -> None:
     """Write `text` into every frame of `film` [T, H, W, 3], in place."""
     import cv2
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from enerverse.cli.checkpoints import check_device, load_policy, load_world
 from enerverse.cli.messages import announce, table
@@ -97,6 +97,7 @@ def measure(settings: Demo, pipe: EnerVersePipeline, policy: EnerVersePolicy) ->
     from enerverse.demo.results import DemoResults
     from enerverse.environment import device_name
 
+    config: Any = pipe.config
     clock, imaginations, acting, memory = Clock(), {}, {}, None
     for task in settings.tasks:
         with clock.part("recording", task):
@@ -111,7 +112,7 @@ def measure(settings: Demo, pipe: EnerVersePipeline, policy: EnerVersePolicy) ->
     chunk_times = [told.chunk_ms for part in imaginations.values() for told in part.versions.values()]
     return DemoResults(
         imaginations=imaginations, acting=acting, memory=memory, seconds=clock.seconds,
-        chunk_ms=sum(chunk_times) / len(chunk_times), chunk=pipe.unet.config.chunk, fps=pipe.config.fps,
+        chunk_ms=sum(chunk_times) / len(chunk_times), chunk=pipe.unet.config.chunk, fps=config.fps,
         device=device_name(check_device(settings.device)),
         checkpoint=f"Checkpoint: {settings.checkpoint or 'shipped (tiny)'}",
     )  # fmt: skip
@@ -121,9 +122,10 @@ def record_takes(settings: Demo, pipe: EnerVersePipeline, task: str) -> list[Tak
     """New demonstrations, in memory."""
     from enerverse.demo.takes import from_rollout
 
-    views, size = tuple(pipe.config.views), pipe.config.image_size
-    played = demonstrate(task, views, size, settings.takes, DEMO_SEED)
-    return [from_rollout(one.observations, one.infos, one.actions, views, pipe.config.fps) for one in played]
+    config: Any = pipe.config
+    views = tuple(config.views)
+    played = demonstrate(task, views, config.image_size, settings.takes, DEMO_SEED)
+    return [from_rollout(one.observations, one.infos, one.actions, views, config.fps) for one in played]
 
 
 def imagine_task(settings: Demo, pipe: EnerVersePipeline, task: str, takes: list[Take]) -> Imaginations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from enerverse.cli.checkpoints import load_world
 from enerverse.cli.messages import announce
@@ -52,6 +52,7 @@ class Imagine:
         """Imagine, write the video, print the score of every chunk."""
         self._check()
         pipe = load_world(self.checkpoint, self.device)
+        pipe.make_memory(self.memory)
         take = read_take(self, pipe)
         announce(
             f"imagine: frames {self.start} to {self.start + self.frames - 1} of episode {self.episode} in "
@@ -92,8 +93,9 @@ def read_take(settings: Imagine, pipe: EnerVersePipeline) -> Take:
     from enerverse.cli.train import check_pictures
     from enerverse.demo.takes import from_episode
 
-    dataset, views = EpisodeDataset(settings.data), tuple(pipe.config.views)
-    check_pictures(dataset, views, pipe.config.image_size, "checkpoint")
+    config: Any = pipe.config
+    dataset, views = EpisodeDataset(settings.data), tuple(config.views)
+    check_pictures(dataset, views, config.image_size, "checkpoint")
     if not 0 <= settings.episode < len(dataset):
         raise ValueError(
             f"episode: expected 0 to {len(dataset) - 1} in {settings.data}, got {settings.episode}"

@@ -76,7 +76,8 @@ class Played:
 
 def play(policy: EnerVersePolicy, task: str, seeds: Sequence[int], randomize: bool = False) -> Played:
     """Play `task` with every seed. Raises ValueError naming the closest task for an unknown one."""
-    views, size = tuple(policy.config.views), int(policy.config.image_size)
+    config: Any = policy.config
+    views, size = tuple(config.views), int(config.image_size)
 
     def make() -> Any:
         return make_env(task, cameras=views, image_size=size, randomize=randomize)

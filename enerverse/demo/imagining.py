@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def imagine(
     with_actions: follow the takes' own actions; task: another instruction than theirs. Raises ValueError in
     one sentence for whatever does not fit the model.
     """
-    told = {}
+    told: dict[str, Any] = {}
     if with_actions:
         told = {
             "actions": np.stack([take.actions_after(seen, count) for take in takes]),

@@ -11,7 +11,7 @@ from enerverse.demo.imagining import Imagined, frame_psnr, mean_psnr
 from enerverse.demo.takes import Take
 from enerverse.metrics import Interval
 
-COPY = "copy the last frame"
+COPY = "copying the last frame"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +76,18 @@ class DemoResults:
         return float(np.mean([acting.decision_ms for acting in self.acting.values()]))
 
     def rows(self) -> list[list[object]]:
-        """One row per task: PSNR of each version and of copying, success with its interval, steps."""
+        """One row per task: PSNR in dB of each version and of copying, success with its interval, mean steps."""
         return [self._row(task) for task in self.acting]
 
     def _row(self, task: str) -> list[object]:
         means = [round(value, 1) for value in self.imaginations[task].means().values()]
         act = self.acting[task]
-        rate = f"{act.wins} of {act.episodes} ({act.success.low:.0%} to {act.success.high:.0%})"
-        return [task, *means, rate, round(act.steps, 1)]
+        interval = f"{100 * act.success.low:.0f} to {act.success.high:.0%}"
+        return [task, *means, f"{act.wins} of {act.episodes}", interval, round(act.steps, 1)]
 
     def columns(self) -> list[str]:
         """Names of the cells of `rows`."""
-        names = [f"PSNR {name}" for name in next(iter(self.imaginations.values())).means()]
-        return ["task", *names, "success (95 %)", "mean steps"]
+        return ["task", "instruction", "actions", "copying", "solved", "95 % interval", "steps"]
 
     def timing(self) -> list[list[object]]:
         """Speed and duration as (what, value) rows."""
