@@ -50,7 +50,7 @@ class EnerVersePipeline(SavedPipeline):
         residual_scale: float = 1.0,
         memory_policy: str = "sparse_uniform",
         recent: int = 2,
-        end_threshold: float = 0.35,
+        end_threshold: float = 0.13,
         action_scale: tuple[float, ...] = (0.016, 0.016, 0.016),
         command: int = 8,
         mixed_precision: bool = True,

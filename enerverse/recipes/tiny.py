@@ -21,6 +21,7 @@ from dataengine.episodes import EpisodeDataset
 from enerverse import presets
 from enerverse.cli.record import Record, record_task
 from enerverse.files import atomic_write
+from enerverse.latents import PatchAutoencoder
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.pipelines.saving import export_checkpoint
 from enerverse.train import stages
@@ -70,12 +71,14 @@ class Tiny:
                 print(line, flush=True)
 
     def _autoencoder(self) -> None:
+        if (self.out / "autoencoder" / "autoencoder").exists():
+            return
         datasets = list(read_split(self.out, "train").values())
         stages.train_autoencoder(datasets, self.preset(), self.out / "autoencoder")
 
     def _world(self) -> None:
-        from enerverse.latents import PatchAutoencoder
-
+        if (self.out / "world" / "pipeline").exists():
+            return
         datasets = list(read_split(self.out, "train").values())
         autoencoder = PatchAutoencoder.from_pretrained(self.out / "autoencoder" / "autoencoder").eval()
         episodes = stages.encode(datasets, autoencoder, self.preset(), self.out / "latents.safetensors")

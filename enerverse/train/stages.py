@@ -13,7 +13,7 @@ from enerverse.config import to_json
 from enerverse.data import ClipSampler, Datasets, LatentEpisodes, encode_dataset, read_images
 from enerverse.diffusion import make_objective
 from enerverse.files import prepare_run
-from enerverse.latents import KLAutoencoder, PatchAutoencoder
+from enerverse.latents import Autoencoder, KLAutoencoder, PatchAutoencoder
 from enerverse.model import HashedTextEncoder, PretrainedTextEncoder, VideoUNet
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.presets import AutoencoderConfig, Preset, TextConfig
@@ -24,7 +24,7 @@ from enerverse.train.world import WorldModel, WorldTask, measure_residual_scale
 FRAME_STEP = 4  # neighbouring frames are nearly the same picture
 
 
-def build_autoencoder(config: AutoencoderConfig) -> PatchAutoencoder | KLAutoencoder:
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """An untrained autoencoder."""
     if config.kind == "kl":
         return KLAutoencoder(channels=config.channels, widths=config.widths)
@@ -45,7 +45,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train_autoencoder(datasets: Datasets, preset: Preset, run: Path, device: str | None = None) -> nn.Module:
+def train_autoencoder(
+    datasets: Datasets, preset: Preset, run: Path, device: str | None = None
+) -> Autoencoder:
     """Train the preset's autoencoder on `datasets` in `run` and save it in `run/autoencoder`."""
     device = device or default_device()
     prepare_run(run, to_json(preset))
@@ -64,7 +66,7 @@ def train_autoencoder(datasets: Datasets, preset: Preset, run: Path, device: str
     return autoencoder.eval()
 
 
-def encode(datasets: Datasets, autoencoder: nn.Module, preset: Preset, path: Path) -> LatentEpisodes:
+def encode(datasets: Datasets, autoencoder: Autoencoder, preset: Preset, path: Path) -> LatentEpisodes:
     """Latents of the whole dataset, cached at `path`."""
     if path.exists():
         return LatentEpisodes.load(path)
@@ -75,7 +77,7 @@ def encode(datasets: Datasets, autoencoder: nn.Module, preset: Preset, path: Pat
 
 def train_world(
     episodes: LatentEpisodes,
-    autoencoder: nn.Module,
+    autoencoder: Autoencoder,
     preset: Preset,
     run: Path,
     device: str | None = None,
@@ -96,10 +98,11 @@ def train_world(
         model, sampler, objective, preset.world_loss, channel_std=autoencoder.latent_std, residual_scale=scale
     )
     pipeline = EnerVersePipeline(
-        autoencoder, model.unet, model.text_encoder, objective.scheduler(),
+        autoencoder.to(device), model.unet, model.text_encoder, objective.scheduler(),
         views=preset.views, image_size=preset.image_size, fps=episodes.fps,
         objective=preset.diffusion.objective, residual=preset.world_loss.residual, residual_scale=scale,
         recent=preset.clips.recent, action_scale=preset.clips.action_scale, command=preset.clips.command,
+        end_threshold=choose_end_threshold(episodes),
     )  # fmt: skip
     check = (lambda _, step: evaluate(pipeline, step)) if evaluate is not None else None
     train(
@@ -114,3 +117,10 @@ def train_world(
     model.eval()
     pipeline.save_pretrained(run / "pipeline")
     return pipeline
+
+
+def choose_end_threshold(episodes: LatentEpisodes) -> float:
+    """Half the distance (mean L1) between the end-of-task latent, zero, and the nearest real frame: no frame of the
+    training data can be taken for the end."""
+    distances = [part.float().abs().mean((1, 2, 3, 4)).min() for part in episodes.latents.split(512)]
+    return round(0.5 * float(torch.stack(distances).min()), 4)
