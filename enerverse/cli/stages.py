@@ -14,7 +14,7 @@ from torch import nn
 from dataengine.episodes import EpisodeDataset
 from enerverse.environment import versions
 from enerverse.files import atomic_write
-from enerverse.latents import KLAutoencoder, PatchAutoencoder
+from enerverse.latents import Autoencoder, KLAutoencoder, PatchAutoencoder
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.pipelines.saving import export_checkpoint
 from enerverse.presets import Preset
@@ -57,14 +57,14 @@ def policy(verb: Train, preset: Preset, datasets: Sequence[EpisodeDataset], devi
 
 
 def encode(
-    out: Path, datasets: Sequence[EpisodeDataset], trained: nn.Module, preset: Preset
+    out: Path, datasets: Sequence[EpisodeDataset], trained: Autoencoder, preset: Preset
 ) -> stages.LatentEpisodes:
     """Latents of the data, cached in the run folder. Raises ValueError where the cache is of other data."""
     remember(out / "latents.json", {**describe_data(datasets), "autoencoder": fingerprint(trained)})
     return stages.encode(list(datasets), trained, preset, out / "latents.safetensors")
 
 
-def load_autoencoder(folder: Path, preset: Preset) -> nn.Module:
+def load_autoencoder(folder: Path, preset: Preset) -> Autoencoder:
     """The autoencoder in `folder` or in the run that lies there.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of another shape.

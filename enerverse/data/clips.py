@@ -71,7 +71,7 @@ class ClipSampler:
 
     def __init__(self, episodes: LatentEpisodes, config: ClipConfig, *, batch: int = 8, seed: int = 0):
         self.episodes, self.config, self.batch_size, self.seed = episodes, config, batch, seed
-        self.grid = tuple(episodes.latents.shape[-2:])
+        self.grid = (episodes.latents.shape[-2], episodes.latents.shape[-1])
         self._windows, self._weights = self._weigh_windows()
 
     def _weigh_windows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ class ClipSampler:
             energy.append((frames[later] - frames).square().mean((1, 2, 3, 4)).sqrt())
             windows.append(np.stack([np.full(len(frames), index), np.arange(len(frames))], 1))
         moving = torch.cat(energy).numpy()
-        weights = self.config.stillness + (1 - self.config.stillness) * moving / moving.mean()
+        weights = self.config.stillness + (1 - self.config.stillness) * moving / max(moving.mean(), 1e-8)
         rows = np.concatenate(windows)
         kinds = np.array([_task_kind(task) for task in self.episodes.tasks])[rows[:, 0]]
         for kind in np.unique(kinds):
@@ -174,4 +174,4 @@ def _actions_ahead(action: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
 
 def _task_kind(task: str) -> str:
     """Instructions that differ only in a colour or side are one task: the verb names it."""
-    return task.split()[0]
+    return (task.split() or [""])[0]

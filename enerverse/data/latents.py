@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dataengine.episodes import Episode, EpisodeDataset
 from enerverse.files import load_tensors, save_tensors
+from enerverse.latents import Autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def read_images(datasets: Datasets, views: tuple[str, ...], every: int = 1) -> T
 
 
 @torch.no_grad()
-def encode_images(autoencoder: nn.Module, images: np.ndarray, batch: int = 64) -> Tensor:
+def encode_images(autoencoder: Autoencoder, images: np.ndarray, batch: int = 64) -> Tensor:
     """Latents float16 [T, V, C, h, w] of uint8 pictures [T, V, H, W, 3]."""
     device = next(autoencoder.parameters()).device
     frames = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3)
@@ -98,7 +99,7 @@ def encode_images(autoencoder: nn.Module, images: np.ndarray, batch: int = 64) -
     )
 
 
-def encode_dataset(datasets: Datasets, autoencoder: nn.Module, views: tuple[str, ...]) -> LatentEpisodes:
+def encode_dataset(datasets: Datasets, autoencoder: Autoencoder, views: tuple[str, ...]) -> LatentEpisodes:
     """Encode every frame of every episode with `autoencoder`; raises ValueError when cameras are missing."""
     rows: dict[str, list[Tensor]] = {}
     tasks, success, starts, image, fps = [], [], [0], (0, 0), 0.0
@@ -119,7 +120,7 @@ def encode_dataset(datasets: Datasets, autoencoder: nn.Module, views: tuple[str,
 PER_EPISODE = ("intrinsics", "camera_to_world")
 
 
-def _episode_rows(episode: Episode, autoencoder: nn.Module, views: tuple[str, ...]) -> dict[str, Tensor]:
+def _episode_rows(episode: Episode, autoencoder: Autoencoder, views: tuple[str, ...]) -> dict[str, Tensor]:
     if episode.cameras is None:
         raise ValueError(
             f"dataset: expected camera poses with every frame, got none in episode {episode.index}; "

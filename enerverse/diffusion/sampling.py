@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -17,8 +18,8 @@ def scheduler_times(scheduler: Scheduler, steps: int, device: torch.device | str
     """Times in (0, 1] that the network is asked at, noisiest first; sets the scheduler to `steps` steps."""
     scheduler.set_timesteps(steps, device=device)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return scheduler.sigmas[:-1].to(device)
-    return (scheduler.timesteps + 1) / scheduler.config.num_train_timesteps
+        return torch.as_tensor(scheduler.sigmas)[:-1].to(device)
+    return (torch.as_tensor(scheduler.timesteps) + 1) / len(scheduler.alphas_cumprod)
 
 
 def denoise(
@@ -35,13 +36,13 @@ def denoise(
     replace the sample after every step.
     """
     times = scheduler_times(scheduler, steps, noise.device)
+    walk: Any = scheduler  # diffusers types its samples as FloatTensor and its results as tuples
     sample = noise
-    for index, (time, step) in enumerate(zip(times, scheduler.timesteps, strict=True)):
+    for index, (time, step) in enumerate(zip(times, walk.timesteps, strict=True)):
         batch_time = time.expand(len(sample)).float()
         prediction = predict(sample, batch_time)
-        sample = scheduler.step(
-            _output(prediction, sample, batch_time, objective, scheduler), step, sample
-        ).prev_sample
+        output = _output(prediction, sample, batch_time, objective, scheduler)
+        sample = walk.step(output, step, sample).prev_sample
         if on_step is not None:
             sample = on_step(index, time, sample)
     return sample

@@ -3,4 +3,6 @@
 from enerverse.latents.kl import KLAutoencoder
 from enerverse.latents.patch import PatchAutoencoder
 
-__all__ = ["KLAutoencoder", "PatchAutoencoder"]
+Autoencoder = PatchAutoencoder | KLAutoencoder
+
+__all__ = ["Autoencoder", "KLAutoencoder", "PatchAutoencoder"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from enerverse.latents.patch import check_images
+from enerverse.model.component import Component
 
-class KLAutoencoder(ModelMixin, ConfigMixin):
+
+class KLAutoencoder(Component):
     """[N, 3, P, P] in [0, 1] to standardised latents [N, channels, P/8, P/8] (three halvings by default)."""
+
+    kl: Any  # diffusers types what its calls return as bare tuples
+    latent_mean: Tensor
+    latent_std: Tensor
 
     @register_to_config
     def __init__(
@@ -18,14 +26,15 @@ class KLAutoencoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.channels, self.patch = channels, 2 ** (len(widths) - 1)
-        self.kl = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=tuple(widths),
-            layers_per_block=layers_per_block,
-            latent_channels=channels,
-            norm_num_groups=16,
-        )
+        sizes: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+            "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+            "block_out_channels": tuple(widths),
+            "layers_per_block": layers_per_block,
+            "latent_channels": channels,
+            "norm_num_groups": 16,
+        }
+        self.kl = AutoencoderKL(**sizes)
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
 
@@ -42,7 +51,11 @@ class KLAutoencoder(ModelMixin, ConfigMixin):
         self.latent_std.copy_(latents.std((0, 2, 3)).clamp_min(1e-4))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Standardised latents [..., C, h, w] of images [..., 3, P, P] in [0, 1] (the posterior mean)."""
+        """Standardised latents [..., C, h, w] of images [..., 3, P, P] in [0, 1] (the posterior mean).
+
+        Raises ValueError when the sides are not multiples of `patch`.
+        """
+        check_images(images, self.patch)
         flat = self.kl.encode(images.reshape(-1, *images.shape[-3:]) * 2 - 1).latent_dist.mode()
         flat = (flat - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
         return flat.reshape(*images.shape[:-3], *flat.shape[-3:])

@@ -8,10 +8,20 @@ grid, so training it takes minutes on one core.
 from __future__ import annotations
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from enerverse.model.component import Component, start_at_zero
+
+
+def check_images(images: Tensor, patch: int) -> None:
+    """Raise ValueError unless `images` is [..., 3, H, W] with sides in multiples of `patch`."""
+    if images.shape[-3] != 3 or images.shape[-1] % patch or images.shape[-2] % patch:
+        raise ValueError(
+            f"images: expected [..., 3, H, W] with sides in multiples of {patch}, got {list(images.shape)}; "
+            "resize the images first"
+        )
 
 
 class ResidualConv(nn.Module):
@@ -21,9 +31,7 @@ class ResidualConv(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        self.conv2 = start_at_zero(nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -31,20 +39,21 @@ class ResidualConv(nn.Module):
 
 
 def _residual_path(inputs: int, width: int, outputs: int, blocks: int) -> nn.Sequential:
-    last = nn.Conv2d(width, outputs, 3, padding=1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    last = start_at_zero(nn.Conv2d(width, outputs, 3, padding=1))
     stages = [ResidualConv(width) for _ in range(blocks)]
     return nn.Sequential(
         nn.Conv2d(inputs, width, 3, padding=1), *stages, nn.GroupNorm(8, width), nn.SiLU(), last
     )
 
 
-class PatchAutoencoder(ModelMixin, ConfigMixin):
+class PatchAutoencoder(Component):
     """Deterministic autoencoder from [N, 3, P, P] in [0, 1] to [N, channels, P/patch, P/patch].
 
     Latents leave `encode` standardised per channel once `set_statistics` has been called (training does it).
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     @register_to_config
     def __init__(
@@ -73,6 +82,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         _, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         basis = vectors[:, -self.channels :].flip(1).T.float()
         self.to_latent.weight.copy_(basis[:, :, None, None])
+        assert self.to_latent.bias is not None
+        assert self.to_pixels.bias is not None
         self.to_latent.bias.copy_(-basis @ mean.float())
         self.to_pixels.weight.copy_(basis.T[:, :, None, None])
         self.to_pixels.bias.copy_(mean.float())
@@ -97,12 +108,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 
         Raises ValueError when the sides are not multiples of the patch.
         """
-        if images.shape[-3] != 3 or images.shape[-1] % self.patch or images.shape[-2] % self.patch:
-            raise ValueError(
-                f"images: expected [..., 3, H, W] with sides in multiples of {self.patch}, "
-                f"got {list(images.shape)}; "
-                "resize the images first"
-            )
+        check_images(images, self.patch)
         flat = self._raw_latents(images.flatten(0, -4) if images.ndim > 4 else images)
         flat = (flat - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
         return flat.reshape(*images.shape[:-3], *flat.shape[-3:])

@@ -72,7 +72,8 @@ class SparseUniformMemory:
     def select(self, times: list[int], now: int) -> list[int]:
         spread = self.slots - self.recent
         steps = spread if self.recent == 1 else max(1, spread)
-        past = [_nearest(times, now * index / steps) for index in range(spread)]
+        latest = max(0, now - self.recent + 1)
+        past = [_nearest(times, min(latest, now * index / steps)) for index in range(spread)]
         return past + [_nearest(times, max(0, now - lag)) for lag in reversed(range(self.recent))]
 
     def retain(self, times: list[int], now: int) -> list[int]:
@@ -94,9 +95,7 @@ class FifoMemory:
         return [_nearest(times, max(0, now - lag * self.chunk)) for lag in reversed(range(self.slots))]
 
     def retain(self, times: list[int], now: int) -> list[int]:
-        return [
-            time for time in times if now - time < self.slots * self.chunk and (now - time) % self.chunk == 0
-        ]
+        return [time for time in times if now - time < self.slots * self.chunk]
 
 
 POLICIES = {

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enerverse.model.component import start_at_zero
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q, k, v [B, H, N, D].
@@ -29,9 +31,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = start_at_zero(nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enerverse.model.attention import SelfAttention
+from enerverse.model.component import start_at_zero
 
 
 def fourier_features(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -45,9 +46,7 @@ class TemporalConv(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, (3, 1), padding=(1, 0))
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        self.conv = start_at_zero(nn.Conv2d(width, width, (3, 1), padding=(1, 0)))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1).flatten(2, 3).permute(0, 3, 1, 2)
@@ -60,9 +59,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, embedding: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.film = nn.Linear(embedding, 2 * width)
-        nn.init.zeros_(self.film.weight)
-        nn.init.zeros_(self.film.bias)
+        self.film = start_at_zero(nn.Linear(embedding, 2 * width))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.film(embedding)[:, None, :, None, None].chunk(2, -1)
@@ -85,8 +82,7 @@ class SpaceTimeBlock(nn.Module):
         self.views = SelfAttention(width, heads) if attention else None
         self.time = SelfAttention(width, heads) if attention else None
         if self.temporal is None:
-            nn.init.zeros_(self.spatial.conv.weight)
-            nn.init.zeros_(self.spatial.conv.bias)
+            start_at_zero(self.spatial)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, V, T, h, w, C], embedding [B, T, E] -> [B, V, T, h, w, C]."""

@@ -7,12 +7,13 @@ import re
 import zlib
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from enerverse.model.component import Component
 
-class HashedTextEncoder(ModelMixin, ConfigMixin):
+
+class HashedTextEncoder(Component):
     """Words and word pairs hashed into a table of learned vectors, averaged. Needs no download and no
     vocabulary."""
 
@@ -37,7 +38,7 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
         return self.table(flat.to(device), offsets.to(device))
 
 
-class PretrainedTextEncoder(ModelMixin, ConfigMixin):
+class PretrainedTextEncoder(Component):
     """A frozen CLIP or T5 text encoder and a trained linear map of its mean token.
 
     The paper's text names T5 in section 3 and CLIP in appendix A; either fits here. `model` is a local folder

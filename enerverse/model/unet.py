@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enerverse.model.blocks import Downsample, FrameConv, SpaceTimeBlock, Upsample, fourier_features
+from enerverse.model.component import Component, start_at_zero
 
 RAY_CHANNELS = 6
 PATH_CHANNELS = 4
@@ -35,7 +36,7 @@ class Conditions:
     has_actions: Tensor | None = None
 
 
-class VideoUNet(ModelMixin, ConfigMixin):
+class VideoUNet(Component):
     """Predicts the diffusion target of M future frames, all views at once.
 
     Input channels per frame, as in EnerVerse (arXiv 2501.01895) and EVAC: latents (clean for memory, noisy
@@ -98,9 +99,7 @@ class VideoUNet(ModelMixin, ConfigMixin):
         self.merge = nn.ModuleList(nn.Linear(widths[i], widths[i]) for i in levels)
         self.up = nn.ModuleList(stage(level) for level in levels)
         self.out_norm = nn.LayerNorm(widths[0])
-        self.out = FrameConv(widths[0], channels)
-        nn.init.zeros_(self.out.conv.weight)
-        nn.init.zeros_(self.out.conv.bias)
+        self.out = start_at_zero(FrameConv(widths[0], channels))
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 =
@@ -108,7 +107,7 @@ class VideoUNet(ModelMixin, ConfigMixin):
         x, embedding, skips = self._descend(noisy, time, conditions)
         for level in reversed(range(len(self.up))):
             x = x + self.merge[level](skips[level])
-            for block in self.up[level]:
+            for block in cast(nn.ModuleList, self.up[level]):
                 x = block(x, embedding)
             if level:
                 x = self.upsample[level - 1](x)
@@ -128,7 +127,7 @@ class VideoUNet(ModelMixin, ConfigMixin):
         x = x + self.place.to(x.dtype)
         skips = []
         for level, stage in enumerate(self.down):
-            for block in stage:
+            for block in cast(nn.ModuleList, stage):
                 x = block(x, embedding)
             skips.append(x)
             if level < len(self.downsample):
@@ -139,7 +138,7 @@ class VideoUNet(ModelMixin, ConfigMixin):
 
     def _embed(self, time: Tensor, conditions: Conditions) -> Tensor:
         """Per-frame embedding [B, K + M, E]: diffusion time, frame offset, instruction, actions."""
-        width = self.time_mlp[0].in_features
+        width = self.config.embedding
         future = torch.arange(1, self.chunk + 1, device=time.device).expand(len(time), -1)
         offsets = torch.cat([conditions.offsets.to(time.device).expand(len(time), -1), future], 1)
         frames = self.slot_mlp(fourier_features(offsets, width, 1000.0))

@@ -28,6 +28,9 @@ SHARED = ("autoencoder", "unet", "text_encoder")
 class SavedPipeline(DiffusionPipeline):
     """A diffusers pipeline of our own components that loads in float32 and fails in one sentence."""
 
+    if TYPE_CHECKING:  # diffusers types it as a plain dict
+        config: Any
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Load a saved folder. Raises FileNotFoundError or ValueError naming the folder when it is missing,

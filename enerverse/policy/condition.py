@@ -85,7 +85,7 @@ class PictureTokens(nn.Module):
 class WorldTokens(nn.Module):
     """Mid-block features as spatial tokens, or averaged over space and views (EnerVerse, section 2.3)."""
 
-    def __init__(self, shape: tuple[int, int, int, int, int], config: PolicyConfig):
+    def __init__(self, shape: tuple[int, ...], config: PolicyConfig):
         super().__init__()
         self.pool = config.world == "mean"
         frames, views, h, w, width = shape
@@ -104,12 +104,15 @@ class WorldTokens(nn.Module):
 class ConditionTokens(nn.Module):
     """All inputs a policy uses, as one row of tokens [B, N, D]."""
 
+    state_mean: Tensor
+    state_std: Tensor
+
     def __init__(
         self,
         config: PolicyConfig,
         views: int,
         latent_channels: int,
-        world_shape: tuple[int, int, int, int, int] | None,
+        world_shape: tuple[int, ...] | None,
     ):
         super().__init__()
         self.register_buffer("state_mean", torch.zeros(config.state_dim + config.privileged))

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from enerverse.config import from_dict
 from enerverse.diffusion import FlowX0, denoise
 from enerverse.model.attention import SelfAttention, attend
 from enerverse.model.blocks import fourier_features
+from enerverse.model.component import Component, start_at_zero
 from enerverse.policy.condition import ConditionTokens, PolicyInputs
 from enerverse.policy.config import PolicyConfig
 
@@ -26,13 +26,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.keys, self.out = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.query, self.keys = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = start_at_zero(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, N, C], context [B, S, C] -> [B, N, C]."""
@@ -61,11 +56,13 @@ class ActionBlock(nn.Module):
         return (x + self.mlp(x)).view(b, r, m, c)
 
 
-class ActionHead(ModelMixin, ConfigMixin):
+class ActionHead(Component):
     """Predicts x_0 of an action chunk (EnerVerse-A predicts the sample, DDPM-style; here on the flow
     path)."""
 
     objective = FlowX0(shift=1.0, pure_noise=0.1)
+    action_mean: Tensor
+    action_std: Tensor
 
     @register_to_config
     def __init__(

@@ -23,14 +23,16 @@ def save_checkpoint(
     folder = run / "checkpoints"
     final, temporary = folder / f"step_{step:07d}", folder / f".step_{step:07d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_tensors(temporary / "model.safetensors", module.state_dict())
-    save_tensors(temporary / "average.safetensors", average.average)
-    save_tensors(
-        temporary / "optimizer.safetensors", _optimizer_tensors(optimizer), {"step": json.dumps(step)}
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    try:
+        save_tensors(temporary / "model.safetensors", module.state_dict())
+        save_tensors(temporary / "average.safetensors", average.average)
+        save_tensors(
+            temporary / "optimizer.safetensors", _optimizer_tensors(optimizer), {"step": json.dumps(step)}
+        )
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in list_checkpoints(run)[:-KEPT]:
         shutil.rmtree(old)
     return final

@@ -27,11 +27,12 @@ class Task(Protocol):
     """What is trained. `batch` and `loss` are pure functions of the step, so a resumed run repeats
     exactly."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
-    def batch(self, step: int) -> Any: ...
+    def batch(self, step: int, /) -> Any: ...
 
-    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(self, batch: Any, generator: torch.Generator, /) -> tuple[Tensor, dict[str, float]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision: expected 'no', 'bf16' or 'fp16', got {self.precision!r}")
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"precision: expected 'no' or 'bf16', got {self.precision!r}")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"steps and batch: expected at least 1, got {self.steps} and {self.batch}")
 
@@ -132,9 +133,10 @@ def train(
                 and (done % evaluate_every == 0 or done == config.steps)
             ):
                 append_metrics(run, {"step": done, **_evaluate_average(plain, average, evaluate, done)})
-            if done % config.save_every == 0 or done == config.steps or interrupted():
+            stop = interrupted()
+            if done % config.save_every == 0 or done == config.steps or stop:
                 save_checkpoint(run, done, plain, average, optimizer)
-            if interrupted() and done < config.steps:
+            if stop and done < config.steps:
                 raise TrainingStopped(
                     f"stopped after step {done}, saved in {run}; run the same command again to go on"
                 )
@@ -152,20 +154,23 @@ def _one_step(
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = config.rate_at(step)
-    # Noise depends on the seed and the step alone, never on how often the run was restarted.
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    # Noise depends on the seed and the step alone, never on how often the run was restarted; torch's own
+    # generator serves modules that draw without asking, such as the sampling of a KL autoencoder.
+    seed = config.seed * 1_000_003 + step
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with accelerator.autocast():
         loss, logs = task.loss(task.batch(step), generator)
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(module.parameters(), config.clip)
-    if not (torch.isfinite(loss) and torch.isfinite(torch.as_tensor(norm))):
+    norm = float(torch.as_tensor(accelerator.clip_grad_norm_(module.parameters(), config.clip)))
+    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
         raise NotFinite(
-            f"step {step + 1}: expected a finite loss and gradient, got loss {float(loss):.4g} and "
-            f"gradient norm {float(norm):.4g}; lower the rate, or look at the data of this step"
+            f"step {step + 1}: expected a finite loss and gradient, got loss {loss.item():.4g} and "
+            f"gradient norm {norm:.4g}; lower the rate, or look at the data of this step"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": float(loss.detach()), "gradient": float(norm), "rate": config.rate_at(step), **logs}
+    return {"loss": float(loss.detach()), "gradient": norm, "rate": config.rate_at(step), **logs}
 
 
 @torch.no_grad()
@@ -196,7 +201,9 @@ def _tensorboard(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("tensorboard: expected the package, found none; run pip install 'enerverse[logging]'") from error
+        raise ValueError(
+            "tensorboard: expected the package, found none; run pip install 'enerverse[logging]'"
+        ) from error
     return SummaryWriter(str(run))
 
 

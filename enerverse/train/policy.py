@@ -63,7 +63,7 @@ def extract_features(
         return load_tensors(path)[0]["features"]
     memory = make_memory("sparse_uniform", slots=pipe.unet.config.memory, recent=pipe.config.recent)
     parts = []
-    grid = tuple(episodes.latents.shape[-2:])
+    grid = (episodes.latents.shape[-2], episodes.latents.shape[-1])
     for rows in tqdm(torch.arange(len(windows)).split(batch), desc="features", disable=None):
         now = (windows.rows[rows] - windows.start[rows]).tolist()
         chosen = torch.tensor([memory.select(list(range(time + 1)), time) for time in now])

@@ -1,0 +1,27 @@
+"""What our networks are built on: diffusers' saving and loading, and layers that start as zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Component(ModelMixin, ConfigMixin):
+    """A network with `save_pretrained` and `from_pretrained`; its constructor's arguments are in `config`."""
+
+    if TYPE_CHECKING:  # diffusers types these as a plain dict and as a function without self
+        config: Any
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...
+
+
+def start_at_zero(layer: Layer) -> Layer:
+    """The same layer with weights and biases at zero, so that what it belongs to starts without it."""
+    for value in layer.parameters():
+        nn.init.zeros_(value)
+    return layer
