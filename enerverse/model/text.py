@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -48,23 +49,33 @@ class PretrainedTextEncoder(Component):
     @register_to_config
     def __init__(self, width: int = 128, model: str = "google-t5/t5-small"):
         super().__init__()
-        from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers import AutoConfig, AutoTokenizer
 
-        family = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
-        kind = AutoConfig.from_pretrained(model).model_type
-        if kind not in family:
+        config = AutoConfig.from_pretrained(model)
+        config = getattr(config, "text_config", config)
+        if config.model_type not in ("clip", "clip_text_model", "t5"):
             raise ValueError(
-                f"model: expected a CLIP or T5 text encoder, got model type {kind!r}; choose another folder"
+                f"model: expected a CLIP or T5 text encoder, got model type {config.model_type!r}; "
+                "choose another folder"
             )
+        self._kind = config.model_type
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         # A tuple keeps the frozen encoder out of the module tree, hence out of checkpoints and optimisers.
-        self._frozen = (family[kind].from_pretrained(model).eval().requires_grad_(False),)
-        encoder_width = getattr(self._frozen[0].config, "d_model", None) or self._frozen[0].config.hidden_size
-        self.project = nn.Linear(encoder_width, width)
+        self._frozen: tuple[Any, ...] = ()
+        self.project = nn.Linear(config.d_model if self._kind == "t5" else config.hidden_size, width)
+
+    def _frozen_encoder(self) -> Any:
+        """The encoder, loaded when first used: diffusers builds a network it loads without any memory."""
+        if not self._frozen:
+            from transformers import CLIPTextModel, T5EncoderModel
+
+            family: Any = T5EncoderModel if self._kind == "t5" else CLIPTextModel
+            self._frozen = (family.from_pretrained(self.config.model).eval().requires_grad_(False),)
+        return self._frozen[0].to(self.project.weight.device)
 
     def forward(self, texts: list[str]) -> Tensor:
         """[len(texts), width]."""
-        encoder = self._frozen[0].to(self.project.weight.device)
+        encoder = self._frozen_encoder()
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(
             self.project.weight.device
         )

@@ -1,0 +1,123 @@
+"""The video UNet: what it is told, what it reads, and the features taken from its middle."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from enerverse.model import Conditions, VideoUNet
+
+
+def make_conditions(batch: int = 2, *, views: int = 2, actions: bool = True) -> Conditions:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Conditions(
+        memory=draw(batch, views, 4, 4, 4, 4),
+        offsets=torch.tensor([[-9, -4, -1, 0]]).expand(batch, -1),
+        rays=draw(batch, views, 6, 4, 4),
+        text=draw(batch, 8),
+        actions=draw(batch, 8, 7).tanh() if actions else None,
+        path=draw(batch, views, 8, 4, 4, 4) if actions else None,
+    )
+
+
+@pytest.fixture
+def noisy() -> torch.Tensor:
+    return torch.randn(2, 2, 8, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+
+
+TIME = torch.tensor([0.3, 1.0])
+
+
+def test_prediction_has_the_shape_of_the_noisy_future(make_unet, noisy):
+    assert make_unet()(noisy, TIME, make_conditions()).shape == noisy.shape
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_any_number_of_views(make_unet, views):
+    noisy = torch.randn(1, views, 8, 4, 4, 4)
+    assert make_unet()(noisy, TIME[:1], make_conditions(1, views=views)).shape == noisy.shape
+
+
+def test_views_are_interchangeable(make_unet, noisy):
+    unet, told, order = make_unet(), make_conditions(), torch.tensor([1, 0])
+    swapped = replace(told, memory=told.memory[:, order], rays=told.rays[:, order], path=told.path[:, order])
+    torch.testing.assert_close(
+        unet(noisy[:, order], TIME, swapped), unet(noisy, TIME, told)[:, order], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_samples_of_a_batch_do_not_mix(make_unet, noisy):
+    unet, told = make_unet(), make_conditions()
+    first = Conditions(
+        *(getattr(told, name)[:1] for name in ("memory", "offsets", "rays", "text", "actions", "path"))
+    )
+    torch.testing.assert_close(
+        unet(noisy[:1], TIME[:1], first), unet(noisy, TIME, told)[:1], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_dropped_actions_equal_no_actions(make_unet, noisy):
+    unet, told = make_unet(), make_conditions()
+    dropped = replace(told, has_actions=torch.zeros(2, dtype=torch.bool))
+    assert torch.equal(unet(noisy, TIME, dropped), unet(noisy, TIME, replace(told, actions=None, path=None)))
+
+
+def test_presence_is_decided_per_sample(make_unet, noisy):
+    unet, told = make_unet(), make_conditions()
+    mixed = unet(noisy, TIME, replace(told, has_actions=torch.tensor([True, False])))
+    torch.testing.assert_close(mixed[0], unet(noisy, TIME, told)[0])
+    torch.testing.assert_close(mixed[1], unet(noisy, TIME, replace(told, actions=None, path=None))[1])
+
+
+@pytest.mark.parametrize("name", ["memory", "offsets", "rays", "text", "actions", "path"])
+def test_every_condition_is_read(make_unet, noisy, name):
+    unet, told = make_unet(), make_conditions()
+    value = getattr(told, name)
+    other = value - 1 if name == "offsets" else value * 1.5
+    assert not torch.allclose(unet(noisy, TIME, replace(told, **{name: other})), unet(noisy, TIME, told))
+
+
+def test_the_order_of_actions_matters(make_unet, noisy):
+    unet, told = make_unet(), make_conditions()
+    flipped = replace(told, actions=told.actions.flip(1))
+    assert not torch.allclose(unet(noisy, TIME, flipped), unet(noisy, TIME, told))
+
+
+def test_features_are_what_forward_computes_in_the_middle(make_unet, noisy):
+    unet, told, seen = make_unet(), make_conditions(), []
+    unet.mid[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    unet(noisy, TIME, told)
+    features = unet.features(noisy, TIME, told)
+    assert features.shape == (2, 2, 12, 2, 2, 16)
+    assert torch.equal(features, seen[0])
+
+
+def test_features_do_not_run_the_way_up(make_unet, noisy):
+    unet, calls = make_unet(), []
+    for stage in unet.up:
+        for block in stage:
+            block.register_forward_hook(lambda *_: calls.append(1))
+    unet.features(noisy, TIME, make_conditions())
+    assert calls == []
+
+
+def test_an_untrained_network_predicts_zero(noisy):
+    torch.manual_seed(0)
+    unet = VideoUNet(channels=4, grid=4, widths=(8, 16), head_width=8, text_width=8, embedding=16)
+    assert not unet(noisy, TIME, make_conditions()).any()
+
+
+def test_a_grid_that_cannot_be_halved_is_refused(make_unet):
+    with pytest.raises(ValueError, match="grid: expected a multiple of 2 for 2 levels, got 5"):
+        make_unet(grid=5)
+
+
+def test_saved_and_loaded_bit_for_bit(make_unet, noisy, tmp_path):
+    unet = make_unet()
+    unet.save_pretrained(tmp_path)
+    loaded = VideoUNet.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(noisy, TIME, make_conditions()), unet(noisy, TIME, make_conditions()))
