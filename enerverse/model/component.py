@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from diffusers.configuration_utils import ConfigMixin
@@ -18,6 +19,11 @@ class Component(ModelMixin, ConfigMixin):
         config: Any
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Put diffusers' base class beside `cls`: a saved pipeline looks for it in the module of its part."""
+        super().__init_subclass__(**options)
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
 
 def start_at_zero(layer: Layer) -> Layer:
