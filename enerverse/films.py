@@ -40,7 +40,7 @@ def comparison(columns: Mapping[str, np.ndarray], rows: Sequence[str], side: int
 def mosaic(
     clips: Sequence[np.ndarray], names: Sequence[str], good: Sequence[bool], side: int = 128, across: int = 5
 ) -> np.ndarray:
-    """Many episodes in one film, named above, underlined green or red; ended ones hold their last picture.
+    """Many episodes in one film, named above and marked green or red; ended ones hold their last picture.
 
     clips: uint8 [T, P, P, 3] each. Returns uint8 [T', H, W, 3] with even sides.
     """

@@ -21,6 +21,15 @@ run that wrote this file.
 """
 
 
+MEMORY = """
+## Memory
+
+CueDelayReach shows a colour for 8 frames, waits 64 frames, and then asks for the cube of that colour. Imagination
+starts at the go signal, from the instruction alone. Sparse memory still holds a frame with the cue; with only the last
+frames in memory the model cannot know which cube is meant.
+"""
+
+
 def build(results: DemoResults, title: str = "EnerVerse demo") -> Report:
     """The report of the demo; `write` it where it shall lie."""
     page = Report(title)
@@ -33,7 +42,7 @@ def build(results: DemoResults, title: str = "EnerVerse demo") -> Report:
     )  # fmt: skip
     page.text("## Imagination")
     for task, part in results.imaginations.items():
-        _imagination(page, f"{task}: {part.takes[0].task}", part, results.fps)
+        _imagination(page, task, part, results.fps)
     if results.memory is not None:
         _memory(page, results.memory, results.fps)
     page.text("## The policy at work")
@@ -55,37 +64,29 @@ def _about(results: DemoResults) -> str:
     )
 
 
-def _imagination(page: Report, title: str, part: Imaginations, fps: float) -> None:
-    page.text(f"### {title}")
-    for index in range(min(2, len(part.takes))):
-        film = _film(part, index)
-        page.video(film, fps, f"Episode {index + 1}, from frame {part.seen} on.", width=SHOWN)
-    page.curve(
-        {name: (_times(part), values) for name, values in part.curves().items()},
-        "imagined frame", "PSNR in dB", "Mean over episodes and views.",
-    )  # fmt: skip
+def _imagination(page: Report, task: str, part: Imaginations, fps: float) -> None:
+    page.text(f"### {task}")
+    _films(page, part, fps)
+    _curves(page, part)
 
 
 def _memory(page: Report, part: Imaginations, fps: float) -> None:
-    page.text(
-        "## Memory\n\nCueDelayReach shows a colour for 8 frames, waits 64 frames, and then asks for the cube of that "
-        "colour. Imagination starts at the go signal. Sparse memory still holds a frame with the cue; with only the "
-        "last frames in memory the model cannot know which cube is meant."
-    )
-    for index in range(len(part.takes)):
-        film = _film(part, index)
-        page.video(film, fps, f"Episode {index + 1}, after the go signal.", width=SHOWN)
+    page.text(MEMORY)
+    _films(page, part, fps)
+    _curves(page, part)
+
+
+def _films(page: Report, part: Imaginations, fps: float) -> None:
+    """Truth beside every version, one film per take."""
+    for index, take in enumerate(part.takes):
+        columns = {"truth": part.truths[index]}
+        columns |= {name: version.frames[index] for name, version in part.versions.items()}
+        film = comparison(columns, take.views, side=SIDE)
+        page.video(film, fps, f"{take.task}, from frame {part.seen} on", width=SHOWN)
+
+
+def _curves(page: Report, part: Imaginations) -> None:
+    curves = {name: (np.arange(1, len(values) + 1), values) for name, values in part.curves().items()}
     page.curve(
-        {name: (_times(part), values) for name, values in part.curves().items()},
-        "imagined frame", "PSNR in dB", "Frames after the go signal, mean over episodes and views.",
-    )  # fmt: skip
-
-
-def _film(part: Imaginations, index: int) -> np.ndarray:
-    columns = {"truth": part.truths[index]}
-    columns |= {name: version.frames[index] for name, version in part.versions.items()}
-    return comparison(columns, part.takes[index].views, side=SIDE)
-
-
-def _times(part: Imaginations) -> np.ndarray:
-    return np.arange(1, part.length + 1)
+        curves, "imagined frame", "PSNR in dB", "Over all views and episodes, until the first one ends."
+    )

@@ -33,14 +33,18 @@ class Imaginations:
         return [take.pictures[self.seen : self.seen + self.length] for take in self.takes]
 
     def curves(self) -> dict[str, np.ndarray]:
-        """PSNR per frame [T] of each version and of copying the last observed frame."""
+        """PSNR per frame [T'] of each version and of copying, as far as every take has a true frame."""
+        shortest = min(self.length, *map(len, self.truths))
+        return {name: values[:shortest] for name, values in self._frame_psnr().items()}
+
+    def means(self) -> dict[str, float]:
+        """PSNR of each version and of copying over all true frames."""
+        return {name: mean_psnr(values) for name, values in self._frame_psnr().items()}
+
+    def _frame_psnr(self) -> dict[str, np.ndarray]:
         still = [take.pictures[self.seen - 1 : self.seen].repeat(self.length, 0) for take in self.takes]
         versions = {name: list(version.frames) for name, version in self.versions.items()}
         return {name: frame_psnr(frames, self.truths) for name, frames in {**versions, COPY: still}.items()}
-
-    def means(self) -> dict[str, float]:
-        """PSNR over the whole horizon."""
-        return {name: mean_psnr(values) for name, values in self.curves().items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,69 @@
+"""What only a process of its own can show: Ctrl-C, a machine without OpenGL, a closed pipe."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from enerverse.train.checkpoints import list_checkpoints
+
+PROGRAM = [sys.executable, "-m", "enerverse.cli.main"]
+
+
+def wait_for(path: Path, process: subprocess.Popen, lines: int = 1, seconds: float = 60) -> None:
+    """Until `path` has that many lines."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not grow to {lines} lines")
+
+
+def interrupt_training(words: list[str], metrics: Path, lines: int) -> subprocess.CompletedProcess:
+    """Start, wait for a record in `metrics`, press Ctrl-C."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(metrics, process, lines)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(data, tmp_path):
+    run = tmp_path / "run"
+    words = [*PROGRAM, "train", "autoencoder", "--data", str(data), "--out", str(run)]
+    words += ["--steps", "100000", "--batch", "2", "--device", "cpu"]
+    metrics = run / "autoencoder" / "metrics.jsonl"
+    steps = []
+    for _ in range(2):
+        lines = metrics.read_text().count("\n") if metrics.exists() else 0
+        done = interrupt_training(words, metrics, lines + 1)
+        assert done.returncode == 130, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "run the same command again to go on" in done.stderr
+        steps.append(int(list_checkpoints(run / "autoencoder")[-1].name.removeprefix("step_")))
+        assert f"stopped after step {steps[-1]}" in done.stderr
+    assert steps[1] > steps[0] >= 20
+
+
+def test_without_opengl_the_packages_are_named(tmp_path):
+    words = [*PROGRAM, "record", "--task", "Lift", "--out", str(tmp_path / "data"), "--episodes", "1"]
+    done = subprocess.run(
+        words, env={**os.environ, "MUJOCO_GL": "disable"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "install the system packages libegl1 libgl1 libgles2" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_unknown_backend_is_named(tmp_path):
+    words = [*PROGRAM, "record", "--task", "Lift", "--out", str(tmp_path / "data")]
+    done = subprocess.run(
+        words, env={**os.environ, "MUJOCO_GL": "vulkan"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "enerverse: MUJOCO_GL: expected one of egl, osmesa, glfw, got 'vulkan'; unset it\n"
