@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enerverse.cli.checkpoints import check_device, load_policy, load_world
 from enerverse.cli.messages import announce, table
 from enerverse.cli.simulator import check_task, demonstrate
+from enerverse.loading import check_device, load_policy, load_world
 
 if TYPE_CHECKING:
     from enerverse.demo.results import Acting, DemoResults, Imaginations

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enerverse.cli.checkpoints import load_world
 from enerverse.cli.messages import announce
+from enerverse.loading import load_world
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from enerverse.cli.checkpoints import PLACES, SHIPPED, find_part
 from enerverse.cli.simulator import check_backend, make_env
+from enerverse.loading import PLACES, SHIPPED, find_part
 
 KERNELS = Path(__file__).parents[2] / "sparse_core" / "kernels"
 IMPLEMENTATIONS = ("reference", "numba", "triton")

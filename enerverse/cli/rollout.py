@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from enerverse.cli.checkpoints import load_policy
 from enerverse.cli.messages import announce
 from enerverse.cli.simulator import check_task
+from enerverse.loading import load_policy
 
 
 @dataclass(frozen=True, kw_only=True)

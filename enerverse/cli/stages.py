@@ -43,7 +43,7 @@ def world(verb: Train, preset: Preset, datasets: Sequence[EpisodeDataset], devic
 
 def policy(verb: Train, preset: Preset, datasets: Sequence[EpisodeDataset], device: str) -> Path:
     """Train the policy into `RUN/policy/policy` and put both parts together in `RUN/checkpoint`."""
-    from enerverse.cli.checkpoints import find_part
+    from enerverse.loading import find_part
 
     pipe = EnerVersePipeline.from_pretrained(find_part(verb.world or verb.out, "EnerVersePipeline"))
     pipe.to(device)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from enerverse.cli.checkpoints import check_device
 from enerverse.cli.messages import announce
+from enerverse.loading import check_device
 
 if TYPE_CHECKING:
     from dataengine.episodes import EpisodeDataset

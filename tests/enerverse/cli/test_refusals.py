@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dataengine.episodes import EpisodeDataset, EpisodeWriter
-from enerverse.cli import checkpoints
+from enerverse import loading
 from enerverse.cli.failures import exit_code, explain
 from enerverse.cli.main import main
 from enerverse.train.loop import NotFinite, TrainingStopped
@@ -61,7 +61,7 @@ def test_a_wrong_word_is_named(words, sentence, call, data, trained, tmp_path, m
 
 
 def test_the_missing_shipped_checkpoint_says_how_to_train_one(call, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path)
+    monkeypatch.setattr(loading, "SHIPPED", tmp_path)
     refused(call("imagine", "--data", data), "run `make tiny` to train one")
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder with `world` and `policy`, a run folder that holds one, or one part itself."""
+"""Loading checkpoints: a folder with `world` and `policy`, a run folder that holds one, or one part itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints" / "tiny"
+SHIPPED = Path(__file__).parent / "checkpoints" / "tiny"
 PLACES = {
     "EnerVersePipeline": ("world", "checkpoint/world", "world/pipeline", "."),
     "EnerVersePolicy": ("policy", "checkpoint/policy", "policy/policy", "."),
@@ -17,12 +17,12 @@ PLACES = {
 WORDS = {"EnerVersePipeline": "world model", "EnerVersePolicy": "policy"}
 
 
-def find_part(checkpoint: Path | None, kind: str) -> Path:
+def find_part(checkpoint: str | Path | None, kind: str) -> Path:
     """The folder of the world model or the policy in `checkpoint` (None: the shipped one).
 
     Raises FileNotFoundError in one sentence that says how to train what is missing.
     """
-    folder = SHIPPED if checkpoint is None else checkpoint
+    folder = SHIPPED if checkpoint is None else Path(checkpoint)
     for place in PLACES[kind]:
         if _class_name(folder / place) is not None and (place != "." or _class_name(folder) == kind):
             return folder / place
@@ -44,7 +44,7 @@ def _class_name(folder: Path) -> str | None:
         return ""
 
 
-def load_world(checkpoint: Path | None, device: str | None = None) -> EnerVersePipeline:
+def load_world(checkpoint: str | Path | None = None, device: str | None = None) -> EnerVersePipeline:
     """The world model of a checkpoint on `device` (default: the GPU if there is one).
 
     Raises FileNotFoundError when there is none and ValueError when it is damaged.
@@ -56,7 +56,7 @@ def load_world(checkpoint: Path | None, device: str | None = None) -> EnerVerseP
     return pipeline.to(check_device(device))
 
 
-def load_policy(checkpoint: Path | None, device: str | None = None) -> EnerVersePolicy:
+def load_policy(checkpoint: str | Path | None = None, device: str | None = None) -> EnerVersePolicy:
     """The policy of a checkpoint on `device`; raises as `load_world` does."""
     from enerverse.pipelines import EnerVersePolicy
 
