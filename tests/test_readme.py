@@ -104,5 +104,5 @@ def test_commands_are_read_from_bash() -> None:
 
 
 def test_make_targets_are_read() -> None:
-    assert {"install", "demo", "test", "claims", "test-gpu"} <= make_targets()
+    assert {"install", "demo", "test", "tiny", "test-gpu"} <= make_targets()
     assert "READY" not in make_targets()
