@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from enerverse.diffusion.objectives import Objective
 
 Scheduler = DDIMScheduler | FlowMatchEulerDiscreteScheduler
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def scheduler_times(scheduler: Scheduler, steps: int, device: torch.device | str = "cpu") -> Tensor:
@@ -20,6 +22,14 @@ def scheduler_times(scheduler: Scheduler, steps: int, device: torch.device | str
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return torch.as_tensor(scheduler.sigmas)[:-1].to(device)
     return (torch.as_tensor(scheduler.timesteps) + 1) / len(scheduler.alphas_cumprod)
+
+
+def draw_noise(shape: tuple[int, ...], generator: Generators = None) -> Tensor:
+    """Standard normal noise on the CPU; a list of generators draws one sample of the batch each, so that a
+    sample does not depend on its neighbours. Raises ValueError when the list has another length."""
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(f"generator: expected one per episode ({shape[0]}), got {len(generator)}")
+    return randn_tensor(shape, generator=generator, device=torch.device("cpu"))
 
 
 def denoise(

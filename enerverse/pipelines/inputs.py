@@ -87,8 +87,29 @@ def read_cameras(cameras: Any, views: tuple[str, ...], size: int, batch: int) ->
             f"cameras: expected intrinsics [{len(views)}, 3, 3] and camera_to_world [{len(views)}, 4, 4], "
             f"got {list(intrinsics.shape)} and {list(poses.shape)}"
         )
+    for name, part in (("intrinsics", intrinsics), ("camera_to_world", poses)):
+        if part.ndim > 4 or (part.ndim == 4 and len(part) not in (1, batch)):
+            raise ValueError(
+                f"cameras: expected {name} of one moment for {batch} episodes, got {list(part.shape)}; "
+                "give the cameras of the last observed frame"
+            )
+    _check_intrinsics(intrinsics, views)
     _check_rigid(poses, views)
     return intrinsics.expand(batch, -1, -1, -1), poses.expand(batch, -1, -1, -1)
+
+
+def _check_intrinsics(intrinsics: Tensor, views: tuple[str, ...]) -> None:
+    focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
+    bad = ~torch.isfinite(intrinsics).all(-1).all(-1) | (focal <= 0).any(-1)
+    if bad.any():
+        raise ValueError(
+            f"cameras: expected finite intrinsics with positive focal lengths in pixels for "
+            f"{_first_view(bad, views)!r}, got another matrix"
+        )
+
+
+def _first_view(bad: Tensor, views: tuple[str, ...]) -> str:
+    return views[int(bad.reshape(-1, len(views)).any(0).float().argmax())]
 
 
 def _check_rigid(poses: Tensor, views: tuple[str, ...]) -> None:
@@ -97,13 +118,13 @@ def _check_rigid(poses: Tensor, views: tuple[str, ...]) -> None:
     bad = (
         (error > 1e-3)
         | ((torch.linalg.det(rotation) - 1).abs() > 1e-3)
+        | ((poses[..., 3, :] - torch.tensor([0.0, 0.0, 0.0, 1.0])).abs() > 1e-3).any(-1)
         | ~torch.isfinite(poses).all(-1).all(-1)
     )
     if bad.any():
-        view = views[int(bad.reshape(-1, len(views)).any(0).float().argmax())]
         raise ValueError(
-            f"cameras: expected a rigid camera_to_world (rotation, determinant +1) for {view!r}, "
-            "got another matrix"
+            "cameras: expected a rigid camera_to_world (rotation, determinant +1) for "
+            f"{_first_view(bad, views)!r}, got another matrix"
         )
 
 
@@ -123,6 +144,27 @@ def read_actions(actions: Any, name: str, batch: int, steps: int | None, width: 
             f"{name}: expected values in [-1, 1], got {float(values.abs().max()):.3g}; normalise or clip them"
         )
     return values
+
+
+def read_state(state: Any, batch: int, width: int) -> Tensor:
+    """Proprioception [B, S] of at least `width` finite entries; B may be left out for one episode."""
+    values = torch.as_tensor(np.asarray(state) if not isinstance(state, Tensor) else state).float()
+    values = values[None] if values.ndim == 1 else values
+    if values.ndim != 2 or len(values) != batch or values.shape[1] < width:
+        raise ValueError(
+            f"state: expected [{batch}, S] with S of at least {width}, got {list(values.shape)}; "
+            "pass the state of the last observed frame"
+        )
+    if not torch.isfinite(values).all():
+        raise ValueError("state: expected finite values, got NaN or infinity; check the sensors")
+    return values
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError, naming it, for a count below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _read_latents(pipe: EnerVersePipeline, images: Any, views: tuple[str, ...], size: int) -> Tensor:
@@ -173,6 +215,6 @@ def read_observation(
     resting = torch.zeros_like(moves[:, -1:]).repeat(1, -moves.shape[1] % chunk, 1)
     resting[..., -1] = moves[:, -1:, -1]
     moves = torch.cat([moves, resting], 1)
-    body = torch.as_tensor(np.asarray(state)).float().reshape(len(latents), -1).to(pipe.device)
+    body = read_state(state, len(latents), pipe.config.command + 3).to(pipe.device)
     told, path = pipe.draw_plan(seen, moves, body)
     return replace(seen, actions=told, path=path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,9 +22,11 @@ from enerverse.views import ray_map
 class _Running:
     """What the policy holds for one running episode."""
 
-    memory: MemoryState | None
-    pictures: Tensor
-    waiting: list[np.ndarray]
+    generator: torch.Generator
+    memory: MemoryState | None = None
+    latents: Tensor | None = None
+    pictures: Tensor | None = None
+    waiting: list[np.ndarray] = field(default_factory=list)
 
 
 class EnerVersePolicy(SavedPipeline):
@@ -72,7 +75,11 @@ class EnerVersePolicy(SavedPipeline):
             self._running.pop(key, None)
             return
         self._running: dict[Hashable, _Running] = {}
-        self._generator = torch.Generator().manual_seed(self.config.seed)
+
+    def _start(self, key: Hashable) -> _Running:
+        """A new episode; its noise depends on the seed and the key, not on which episodes run beside it."""
+        seed = zlib.crc32(f"{self.config.seed} {key!r}".encode())
+        return _Running(torch.Generator().manual_seed(seed))
 
     def select_action(
         self, observation: dict[str, Any], info: dict[str, Any], key: Hashable = 0
@@ -107,35 +114,28 @@ class EnerVersePolicy(SavedPipeline):
     @torch.no_grad()
     def _look(self, observations: Sequence[dict[str, Any]], keys: Sequence[Hashable]) -> None:
         """Encode what is seen and remember it."""
-        config = self.head.settings
+        config, views = self.head.settings, tuple(self.config.views)
+        for observation in observations:
+            _read_state(observation, config.state_dim)
         if not (config.latents or config.pixels or config.world):
             for key in keys:
-                self._running.setdefault(key, _Running(None, torch.zeros(0), []))
+                self._running.setdefault(key, self._start(key))
             return
-        views = tuple(self.config.views)
         stacked = np.stack([[self._view(obs, view) for view in views] for obs in observations])[:, None]
         frames = read_images(stacked, views, self.config.image_size).to(self.device)
-        latents = (
-            self.autoencoder.encode(frames).transpose(1, 2).float()
-            if config.latents or config.world
-            else None
-        )
+        encoded = self.autoencoder.encode(frames).float() if config.latents or config.world else None
         for row, key in enumerate(keys):
-            before = self._running.get(key)
-            memory = None
-            if latents is not None:
-                seen = latents[row : row + 1]
-                known = before.memory if before is not None else None
-                memory = (
-                    start_memory(self._memory, seen)
-                    if known is None
-                    else push_chunk(self._memory, known, seen)
-                )
-            last = before.pictures[:, -1:] if before is not None else frames[row : row + 1]
-            pictures = (
-                torch.cat([last, frames[row : row + 1]], 1) if config.pixels else frames[row : row + 1, -1:]
-            )
-            self._running[key] = _Running(memory, pictures, before.waiting if before is not None else [])
+            item = self._running.setdefault(key, self._start(key))
+            item.pictures = _last_two(item.pictures, frames[row : row + 1])
+            if encoded is not None:
+                seen = encoded[row : row + 1]
+                item.latents = _last_two(item.latents, seen)
+                item.memory = self._remember(item.memory, seen.transpose(1, 2))
+
+    def _remember(self, memory: MemoryState | None, seen: Tensor) -> MemoryState:
+        if memory is None:
+            return start_memory(self._memory, seen)
+        return push_chunk(self._memory, memory, seen)
 
     def _view(self, observation: dict[str, Any], view: str) -> np.ndarray:
         images = observation.get("images", {})
@@ -152,7 +152,7 @@ class EnerVersePolicy(SavedPipeline):
         keys: Sequence[Hashable],
     ) -> Tensor:
         inputs = self._inputs(observations, infos, keys)
-        return self.head.sample(inputs, self._generator).cpu()
+        return self.head.sample(inputs, [self._running[key].generator for key in keys]).cpu()
 
     @torch.no_grad()
     def _inputs(
@@ -163,25 +163,18 @@ class EnerVersePolicy(SavedPipeline):
     ) -> PolicyInputs:
         config = self.head.settings
         running = [self._running[key] for key in keys]
-        texts = tuple(str(info["task"]) for info in infos)
+        texts = tuple(_read_task(info) for info in infos)
         privileged = None
         if config.privileged:
             privileged = torch.stack([torch.as_tensor(info["privileged"]).float() for info in infos])
         return PolicyInputs(
             state=torch.stack([_read_state(obs, config.state_dim) for obs in observations]),
             texts=texts,
-            latents=torch.cat([self._last_two(item) for item in running]) if config.latents else None,
+            latents=_join([item.latents for item in running]) if config.latents else None,
             world=self._world(running, infos, texts) if config.world else None,
-            pixels=torch.cat([item.pictures for item in running]) if config.pixels else None,
+            pixels=_join([item.pictures for item in running]) if config.pixels else None,
             privileged=privileged,
         ).to(self.device)
-
-    def _last_two(self, item: _Running) -> Tensor:
-        """Latents [1, 2, V, C, h, w] of the last two frames; the first frame of an episode counts twice."""
-        assert item.memory is not None
-        frames = item.memory.frames[:, :, -2:].transpose(1, 2)
-        adjacent = len(item.memory.times) > 1 and item.memory.times[-2] == item.memory.now - 1
-        return frames if adjacent else frames[:, -1:].expand(-1, 2, -1, -1, -1, -1)
 
     def _world(
         self, running: list[_Running], infos: Sequence[dict[str, Any]], texts: tuple[str, ...]
@@ -197,7 +190,24 @@ class EnerVersePolicy(SavedPipeline):
         return read_features(self.unet, memory, offsets, rays, text, self.head.settings.frames)
 
 
+def _last_two(before: Tensor | None, now: Tensor) -> Tensor:
+    """The last two frames [1, 2, ...]; the first frame of an episode counts twice."""
+    return torch.cat([now if before is None else before[:, -1:], now], 1)
+
+
+def _join(parts: list[Tensor | None]) -> Tensor:
+    return torch.cat([part for part in parts if part is not None])
+
+
+def _read_task(info: dict[str, Any]) -> str:
+    if "task" not in info:
+        raise ValueError(f"info['task']: expected the instruction, got the keys {tuple(info)}")
+    return str(info["task"])
+
+
 def _read_state(observation: dict[str, Any], width: int) -> Tensor:
+    if "state" not in observation:
+        raise ValueError(f"observation['state']: expected [{width}], got the keys {tuple(observation)}")
     state = torch.as_tensor(np.asarray(observation["state"])).float()
     if state.shape != (width,):
         raise ValueError(f"observation['state']: expected [{width}], got {list(state.shape)}")

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from enerverse.data.clips import ClipConfig
-from enerverse.diffusion import denoise, make_objective
+from enerverse.diffusion import Generators, denoise, draw_noise, make_objective
 from enerverse.memory import MemoryPolicy, MemoryState, make_memory, push_chunk, read_context, start_memory
 from enerverse.model import Conditions
-from enerverse.pipelines.inputs import Observation, read_observation
+from enerverse.pipelines.inputs import Observation, check_counts, read_observation
 from enerverse.pipelines.saving import SavedPipeline
 from enerverse.views import commanded_path, path_map, ray_map
 
@@ -87,7 +87,7 @@ class EnerVersePipeline(SavedPipeline):
 
     def make_memory(self, name: str | None = None) -> MemoryPolicy:
         """The memory policy `name` (default: the checkpoint's) with this model's number of slots."""
-        name = name or self.config.memory_policy
+        name = str(name or self.config.memory_policy)
         options = {
             "sparse_uniform": {"recent": self.config.recent},
             "fifo": {"chunk": self.unet.config.chunk},
@@ -107,7 +107,7 @@ class EnerVersePipeline(SavedPipeline):
         memory: str | None = None,
         num_inference_steps: int = 5,
         guidance_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         output_type: str = "pt",
         stop_at_end: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
@@ -117,11 +117,13 @@ class EnerVersePipeline(SavedPipeline):
         images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left
         out), or their latents [B, n, V, C, h, w]; cameras: `dataengine.cameras.Cameras` or a pair of
         intrinsics [V, 3, 3] and camera_to_world [V, 4, 4]; actions [B, num_frames, A] in [-1, 1] with
-        proprioception `state` [B, S] at the last observed frame turn imagination into simulation. Raises
-        ValueError, in one sentence, for wrong shapes, values or names.
+        proprioception `state` [B, S] at the last observed frame turn imagination into simulation; generator:
+        one, or a list of one per episode. Raises ValueError, in one sentence, for wrong shapes, values or
+        names.
         """
         if output_type not in ("pt", "np", "latent"):
             raise ValueError(f"output_type: expected 'pt', 'np' or 'latent', got {output_type!r}")
+        check_counts(num_frames=num_frames, num_inference_steps=num_inference_steps)
         policy = self.make_memory(memory)
         seen = read_observation(self, images, instruction, cameras, actions, state, num_frames)
         past = start_memory(policy, seen.latents)
@@ -138,6 +140,7 @@ class EnerVersePipeline(SavedPipeline):
             if stop_at_end and bool((ended >= 0).all()):
                 break
         latents = torch.cat(chunks, 2)[:, :, :num_frames]
+        ended = torch.where(ended < num_frames, ended, -1)  # the last chunk may reach past what was asked for
         return Imagination(self.read_out(latents, output_type), ended, past)
 
     @torch.no_grad()
@@ -150,7 +153,7 @@ class EnerVersePipeline(SavedPipeline):
         plan: tuple[Tensor, Tensor] | None = None,
         steps: int = 5,
         guidance: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         on_step: Callable[..., dict[str, Tensor]] | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """One chunk of M frames [B, V, M, C, h, w] and the memory that has seen it. Cost does not depend on
@@ -160,7 +163,7 @@ class EnerVersePipeline(SavedPipeline):
         told = Conditions(context, offsets[None], rays, text, actions, path)
         free = Conditions(context, offsets[None], rays, torch.zeros_like(text), actions, path)
         shape = (*context.shape[:2], self.unet.config.chunk, *context.shape[3:])
-        noise = torch.randn(shape, generator=generator, device="cpu").to(context)
+        noise = draw_noise(shape, generator).to(context)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision):
@@ -179,6 +182,7 @@ class EnerVersePipeline(SavedPipeline):
         chunk = clean * self.config.residual_scale + reference
         return chunk, push_chunk(policy, past, chunk)
 
+    @torch.no_grad()
     def stream(
         self,
         images: Any,
@@ -188,7 +192,7 @@ class EnerVersePipeline(SavedPipeline):
         memory: str | None = None,
         num_inference_steps: int = 5,
         guidance_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Iterator[Tensor]:
         """Chunks of frames [B, M, V, 3, P, P], without end and in constant memory."""
         policy = self.make_memory(memory)

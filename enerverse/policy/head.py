@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enerverse.config import from_dict
-from enerverse.diffusion import FlowX0, denoise
+from enerverse.diffusion import FlowX0, Generators, denoise, draw_noise
 from enerverse.model.attention import SelfAttention, attend
 from enerverse.model.blocks import fourier_features
 from enerverse.model.component import Component, start_at_zero
@@ -123,11 +123,11 @@ class ActionHead(Component):
         return F.mse_loss(predicted.float(), clean)
 
     @torch.no_grad()
-    def sample(self, inputs: PolicyInputs, generator: torch.Generator | None = None) -> Tensor:
-        """Action chunks [B, M, A], clipped to [-1, 1]."""
+    def sample(self, inputs: PolicyInputs, generator: Generators = None) -> Tensor:
+        """Action chunks [B, M, A], clipped to [-1, 1]; `generator` is one, or one per decision."""
         context = self.condition(inputs)
         shape = (len(inputs.texts), self.settings.chunk, self.settings.action_dim)
-        noise = torch.randn(shape, generator=generator).to(context)
+        noise = draw_noise(shape, generator).to(context)
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             return self.predict(noisy[:, None], time[:, None], context)[:, 0]
