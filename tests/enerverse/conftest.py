@@ -13,6 +13,7 @@ from enerverse.diffusion import make_objective
 from enerverse.latents import PatchAutoencoder
 from enerverse.model import HashedTextEncoder, VideoUNet
 from enerverse.pipelines import EnerVersePipeline
+from enerverse.policy import ActionHead, PolicyConfig
 
 VIEWS = ("front", "top")
 SIZE, GRID, CHANNELS, STATE = 16, 4, 4, 11
@@ -117,6 +118,20 @@ def make_pipe(make_unet: Callable[..., VideoUNet], make_autoencoder: Callable[..
         pipe = EnerVersePipeline(*parts, make_objective(objective).scheduler(), **(settings | changes))
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    return make
+
+
+@pytest.fixture
+def make_head() -> Callable[..., ActionHead]:
+    """A small action head in which every layer does something; keyword arguments override its settings."""
+
+    def make(**changes: Any) -> ActionHead:
+        sizes: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "keypoints": 4, "steps": 2}
+        config = PolicyConfig(**(sizes | {"noise_draws": 2} | changes))
+        torch.manual_seed(0)
+        head = ActionHead.build(config, len(VIEWS), CHANNELS, (len(config.frames), len(VIEWS), 2, 2, 16))
+        return wake(head)
 
     return make
 

@@ -43,7 +43,7 @@ def test_a_batch_equals_its_texts_one_by_one(encoder):
 
 def test_saved_and_loaded_bit_for_bit(encoder, tmp_path):
     encoder.save_pretrained(tmp_path)
-    assert torch.equal(HashedTextEncoder.from_pretrained(tmp_path)(["push"]), encoder(["push"]))
+    assert torch.equal(HashedTextEncoder.from_pretrained(tmp_path).table.weight, encoder.table.weight)
 
 
 WORDS = ["<pad>", "</s>", "<unk>", "<|startoftext|>", "<|endoftext|>", "lift", "the", "cube", "push", "it"]
