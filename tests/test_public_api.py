@@ -21,6 +21,7 @@ MODULES = (
     "enerverse",
     "enerverse.config",
     "enerverse.files",
+    "enerverse.loading",
     "enerverse.metrics",
     "enerverse.report",
 )

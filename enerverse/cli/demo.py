@@ -55,7 +55,7 @@ class Demo:
             f"imagine {self.frames} frames of {self.takes} new episodes per task, from the instruction and from "
             "the actions",
             f"let the policy play {self.episodes} episodes per task in MuJoCo",
-            f"into {self.out / 'report.html'}; about three minutes on two cores",
+            f"into {self.out / 'report.html'}; about two minutes on two cores",
         )
         results = measure(self, pipe, policy)
         from enerverse.demo.page import build

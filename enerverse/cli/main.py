@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != TRACEBACK]
     try:
         parse(words).run()
+    except BrokenPipeError:  # the reader has gone (`enerverse info | head`)
+        return 0
     except (Exception, KeyboardInterrupt) as error:
         code = exit_code(error)
         if loud or code is None:
@@ -70,7 +72,7 @@ def parse(words: Sequence[str]) -> Any:
 
 
 def _flush() -> None:
-    """A reader that has gone (`enerverse info | head`) is no error."""
+    """Write what is left; a reader that has gone is no error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -102,4 +102,5 @@ def frame_psnr(frames: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> np
 def mean_psnr(values: np.ndarray) -> float:
     """One PSNR for several frames: that of their mean squared error; nan where no frame is known."""
     known = values[~np.isnan(values)]
-    return float(-10 * np.log10(np.mean(10 ** (-known / 10)))) if len(known) else math.nan
+    with np.errstate(divide="ignore"):
+        return float(-10 * np.log10(np.mean(10 ** (-known / 10)))) if len(known) else math.nan

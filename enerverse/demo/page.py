@@ -77,11 +77,10 @@ def _memory(page: Report, part: Imaginations, fps: float) -> None:
 
 
 def _films(page: Report, part: Imaginations, fps: float) -> None:
-    """Truth beside every version, one film per take."""
-    for index, take in enumerate(part.takes):
-        columns = {"truth": part.truths[index]}
-        columns |= {name: version.frames[index] for name, version in part.versions.items()}
-        film = comparison(columns, take.views, side=SIDE)
+    """Truth beside every version, one film per take, as long as the truth."""
+    for index, (take, truth) in enumerate(zip(part.takes, part.truths, strict=True)):
+        versions = {name: told.frames[index][: len(truth)] for name, told in part.versions.items()}
+        film = comparison({"truth": truth, **versions}, take.views, side=SIDE)
         page.video(film, fps, f"{take.task}, from frame {part.seen} on", width=SHOWN)
 
 

@@ -67,3 +67,14 @@ def test_an_unknown_backend_is_named(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "enerverse: MUJOCO_GL: expected one of egl, osmesa, glfw, got 'vulkan'; unset it\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import sys; sys.stdin.readline()"
+    info = subprocess.Popen([*PROGRAM, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    subprocess.run([sys.executable, "-c", code], stdin=info.stdout, check=True)
+    assert info.stdout is not None
+    info.stdout.close()
+    assert info.stderr is not None
+    assert info.stderr.read() == ""
+    assert info.wait(timeout=60) == 0
