@@ -94,6 +94,7 @@ def train(
     Goes on from the newest checkpoint in `run`. Raises TrainingStopped after Ctrl-C (state saved) and
     NotFinite, naming the step, when the loss is no longer a number (the last checkpoint stays).
     """
+    run.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
     optimizer = torch.optim.AdamW(
         task.module.parameters(),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataengine.episodes import EpisodeDataset
+from enerverse.cli.record import Record, record_task
 from enerverse.data import LatentEpisodes
 from enerverse.diffusion import make_objective
 from enerverse.latents import PatchAutoencoder
@@ -143,3 +145,14 @@ def pictures() -> Tensor:
     coarse = torch.rand(20, 3, 4, 4, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
     return fine.view(2, 5, len(VIEWS), 3, SIZE, SIZE)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[EpisodeDataset]:
+    """Two datasets from the simulator, 32 px: three episodes of Lift and one of CueDelayReach."""
+    datasets = []
+    for task, count in (("Lift", 3), ("CueDelayReach", 1)):
+        root = tmp_path_factory.mktemp("recorded") / task
+        record_task(Record(task=task, out=root, episodes=count, image_size=32))
+        datasets.append(EpisodeDataset(root))
+    return datasets

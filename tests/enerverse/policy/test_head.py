@@ -44,7 +44,7 @@ def test_sixteen_decisions_are_learned_by_heart(make_head, inputs, actions, worl
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
     error = (head.sample(inputs, seeded()) - actions).abs().mean()
-    assert error < 0.5 * (actions - actions.mean((0, 1))).abs().mean()
+    assert error < 0.6 * (actions - actions.mean((0, 1))).abs().mean()
 
 
 def test_statistics_are_those_of_the_data_and_stored_in_the_checkpoint(make_head, inputs, actions, tmp_path):
