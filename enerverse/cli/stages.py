@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def autoencoder(verb: Train, preset: Preset, datasets: Sequence[EpisodeDataset], device: str) -> Path:
     """Train the autoencoder into `RUN/autoencoder/autoencoder`."""
     run = verb.out / "autoencoder"
-    remember(run / "data.json", describe_data(datasets))
+    remember(run / "data.json", describe_data(datasets), run / "checkpoints")
     stages.train_autoencoder(list(datasets), preset, run, device)
     return run / "autoencoder"
 
@@ -45,12 +45,14 @@ def policy(verb: Train, preset: Preset, datasets: Sequence[EpisodeDataset], devi
     """Train the policy into `RUN/policy/policy` and put both parts together in `RUN/checkpoint`."""
     from enerverse.loading import find_part
 
-    pipe = EnerVersePipeline.from_pretrained(find_part(verb.world or verb.out, "EnerVersePipeline"))
-    pipe.to(device)
+    here = verb.out / "world" / "pipeline"  # in full precision, unlike the one in RUN/checkpoint
+    source = verb.world or (here if here.exists() else verb.out)
+    pipe = EnerVersePipeline.from_pretrained(find_part(source, "EnerVersePipeline")).to(device)
     episodes = encode(verb.out, datasets, pipe.autoencoder, preset)
     facts = {**describe_data(datasets), "world": fingerprint(pipe.unet)}
-    remember(verb.out / "policy" / "data.json", facts)
-    trained = train_policy(episodes, pipe, preset, verb.out / "policy", device=device)
+    run = verb.out / "policy"
+    remember(run / "data.json", facts, run / "features.safetensors")
+    trained = train_policy(episodes, pipe, preset, run, device=device)
     checkpoint = export_checkpoint(pipe.to("cpu"), trained.to("cpu"), verb.out / "checkpoint")
     write_card(checkpoint, preset, datasets)
     return checkpoint
@@ -60,8 +62,9 @@ def encode(
     out: Path, datasets: Sequence[EpisodeDataset], trained: Autoencoder, preset: Preset
 ) -> stages.LatentEpisodes:
     """Latents of the data, cached in the run folder. Raises ValueError where the cache is of other data."""
-    remember(out / "latents.json", {**describe_data(datasets), "autoencoder": fingerprint(trained)})
-    return stages.encode(list(datasets), trained, preset, out / "latents.safetensors")
+    cache = out / "latents.safetensors"
+    remember(out / "latents.json", {**describe_data(datasets), "autoencoder": fingerprint(trained)}, cache)
+    return stages.encode(list(datasets), trained, preset, cache)
 
 
 def load_autoencoder(folder: Path, preset: Preset) -> Autoencoder:
@@ -106,9 +109,9 @@ def describe_data(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
     return {"datasets": sorted(rows)}
 
 
-def remember(path: Path, facts: dict[str, Any]) -> None:
-    """Write what a folder was made from, or ValueError where it was made from something else."""
-    if path.exists():
+def remember(path: Path, facts: dict[str, Any], made: Path) -> None:
+    """Write to `path` what `made` is made from; ValueError where it exists and was made from something else."""
+    if path.exists() and made.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         for key, value in facts.items():
             if there.get(key) != value:

@@ -33,12 +33,20 @@ def test_the_stages_fill_one_run_folder(trained):
     EnerVersePolicy.from_pretrained(trained / "checkpoint" / "policy")
 
 
-def test_a_finished_stage_run_again_trains_no_more(trained, data, call):
-    before = read_metrics(trained / "world")
-    said = call("train", "world", "--data", data, "--out", trained, *STEPS)
-    assert said.code == 0
-    assert f"next: enerverse train policy --data {data} --out {trained}" in said.out
-    assert read_metrics(trained / "world") == before
+@pytest.mark.parametrize(
+    ("stage", "following"),
+    [
+        ("autoencoder", "enerverse train world --data"),
+        ("world", "enerverse train policy --data"),
+        ("policy", "enerverse rollout --checkpoint"),
+    ],
+)
+def test_a_finished_stage_run_again_trains_no_more(stage, following, trained, data, call):
+    before = read_metrics(trained / stage)
+    said = call("train", stage, "--data", data, "--out", trained, *STEPS)
+    assert said.code == 0, said.err
+    assert f"next: {following}" in said.out
+    assert read_metrics(trained / stage) == before
 
 
 def test_imagine_writes_a_film_and_scores_every_chunk(trained, data, call, tmp_path):
