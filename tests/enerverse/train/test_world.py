@@ -1,0 +1,114 @@
+"""The loss of the world model, against the same sums written out."""
+
+import math
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from enerverse.model import Conditions
+from enerverse.train.world import measure_residual_scale, noisy_memory
+
+runs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("interrupted.py"))))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+PLAIN = {"memory_noise": 0.0, "drop_text": 0.0, "drop_actions": 0.0}
+
+
+def test_an_untrained_network_costs_the_squared_residual():
+    """It predicts zero, so the loss is the mean square of what it should have predicted."""
+    task = runs.make_world_task(**PLAIN, ended_weight=1.0)
+    clip = task.batch(0)
+    expected = ((clip.future - clip.memory[:, :, -1:]) / 0.7).square().mean()
+    torch.testing.assert_close(task.loss(clip, seeded())[0], expected)
+
+
+def test_absolute_latents_are_the_target_without_residual():
+    task = runs.make_world_task(**PLAIN, ended_weight=1.0, residual=False)
+    clip = task.batch(0)
+    torch.testing.assert_close(task.loss(clip, seeded())[0], (clip.future / 0.7).square().mean())
+
+
+def test_end_frames_weigh_less():
+    task = runs.make_world_task(**PLAIN, ended_weight=0.25)
+    clip = task.batch(0)
+    clip = replace(clip, ended=torch.zeros_like(clip.ended))
+    clip.ended[0, 5:] = 1
+    frames = ((clip.future - clip.memory[:, :, -1:]) / 0.7).square().mean((1, 3, 4, 5))
+    expected = (frames * torch.where(clip.ended > 0, 0.25, 1.0)).mean()
+    torch.testing.assert_close(task.loss(clip, seeded())[0], expected)
+
+
+def test_channels_weigh_by_their_deviation():
+    task = runs.make_world_task(**PLAIN, ended_weight=1.0)
+    weights = torch.tensor([0.4, 0.8, 1.2, 1.6])
+    task.channel_weights = weights[:, None, None]
+    clip = task.batch(0)
+    squares = ((clip.future - clip.memory[:, :, -1:]) / 0.7).square().mean((0, 1, 2, 4, 5))
+    torch.testing.assert_close(task.loss(clip, seeded())[0], (squares * weights).mean())
+
+
+@pytest.fixture
+def told():
+    """The conditions that the network is given when the loss of a batch of 64 is computed."""
+
+    def look(**loss) -> Conditions:
+        task, seen = runs.make_world_task(**loss), []
+        task.sampler.batch_size = 64
+        task.module.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+        task.loss(task.batch(0), seeded())
+        return seen[0]
+
+    return look
+
+
+def test_a_share_of_samples_is_not_told_the_instruction(told):
+    silent = (told(drop_text=0.5).text == 0).all(1).float().mean()
+    assert float(silent) == pytest.approx(0.5, abs=0.2)
+    assert (told(drop_text=0.0).text != 0).any(1).all()
+
+
+def test_a_share_of_samples_is_not_told_the_actions(told):
+    assert float(told(drop_actions=0.5).has_actions.float().mean()) == pytest.approx(0.5, abs=0.2)
+    assert told(drop_actions=0.0).has_actions.all()
+
+
+def test_memory_noise_grows_towards_the_newest_frame_and_spares_half():
+    memory = torch.zeros(600, 1, 4, 8, 8, 8)
+    deviation = noisy_memory(memory, 0.2, seeded()).std((1, 3, 4, 5))
+    assert (deviation[:, 1:] - deviation[:, :-1] >= -0.03).all()
+    assert float((deviation == 0).float().mean()) == pytest.approx(0.5, abs=0.04)
+    means = deviation.mean(0)
+    assert (means[1:] > means[:-1]).all()
+
+
+def test_memory_noise_has_the_strength_of_one_minus_cosine():
+    """With one frame: E[(1 - cos u)^2] over u uniform in (-pi/2, pi/2), clipped at zero."""
+    noisy = noisy_memory(torch.zeros(40_000, 1, 1, 2, 2, 2), 0.2, seeded())
+    u = torch.linspace(0, math.pi / 2, 10_001)
+    expected = 0.2**2 * float((1 - u.cos()).square().mean()) / 2
+    assert float(noisy.square().mean()) == pytest.approx(expected, rel=0.03)
+
+
+def test_without_strength_memory_is_untouched():
+    memory = torch.randn(2, 1, 4, 2, 2, 2)
+    assert noisy_memory(memory, 0.0, seeded()) is memory
+
+
+def test_the_residual_scale_is_the_deviation_of_the_residual():
+    task = runs.make_world_task()
+    squares = []
+    for step in range(32):
+        clip = task.sampler.batch(10_000_000 + step)
+        running = (1 - clip.ended)[:, None, :, None, None, None]
+        squares.append(((clip.future - clip.memory[:, :, -1:]).square() * running).mean())
+    expected = math.sqrt(sum(squares) / 32)
+    assert measure_residual_scale(task.sampler, task.config) == pytest.approx(expected, rel=1e-5)
+    assert measure_residual_scale(task.sampler, replace(task.config, residual=False)) == 1.0
