@@ -72,7 +72,7 @@ def test_frames_keep_their_times(name, seen, length, chunk):
     assert held(state) == list(state.times)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @rollouts
 def test_streaming_answers_like_a_memory_that_forgets_nothing(name, seen, length, chunk):
     """Exactly, except for the sparse policy on long rollouts: there within half the stride of its grid."""

@@ -123,3 +123,15 @@ def test_saved_and_loaded_bit_for_bit(make_unet, noisy, tmp_path):
     weights = unet.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
     torch.testing.assert_close(loaded(noisy, TIME, make_conditions()), unet(noisy, TIME, make_conditions()))
+
+
+def test_actions_are_told_to_the_future_frames_they_lead_to(make_unet, noisy):
+    """Changing action 5 changes the embeddings of future frames 5 on (a running sum is told, too)."""
+    unet, told, seen = make_unet(), make_conditions(), []
+    unet.down[0][0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    changed = told.actions.clone()
+    changed[:, 5] += 0.5
+    for actions in (told.actions, changed):
+        unet(noisy, TIME, replace(told, actions=actions))
+    frames = ((seen[0] - seen[1]).abs() > 1e-6).any(-1)
+    assert frames.tolist() == [[index >= 4 + 5 for index in range(12)]] * 2
