@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def imagine_window(
     episode, now = window.episode, window.seen - 1
     assert episode.cameras is not None
     cameras = episode.cameras.select(tuple(pipe.config.views)).at(0)
-    told = {}
+    told: dict[str, Any] = {}
     if with_actions:
         told = {"actions": episode.action[None, now : now + HORIZON], "state": episode.state[None, now]}
         told = {name: np.repeat(value, samples, 0) for name, value in told.items()}
