@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -87,6 +88,14 @@ def load_tensors(
     except SafetensorError as error:
         reason = f"{path}: expected a whole safetensors file, got one that cannot be read ({error})"
         raise ValueError(f"{reason}; copy or write it again") from None
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Return twelve hexadecimal digits that tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def prepare_run(path: AnyPath, config_json: str) -> Path:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from dataengine.episodes import EpisodeDataset
 from enerverse.environment import versions
-from enerverse.files import atomic_write
+from enerverse.files import atomic_write, fingerprint
 from enerverse.latents import Autoencoder, KLAutoencoder, PatchAutoencoder
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.pipelines.saving import export_checkpoint
@@ -93,14 +91,6 @@ def load_autoencoder(folder: Path, preset: Preset) -> Autoencoder:
             f"{preset.name}, got {channels}; choose its preset"
         )
     return trained
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Twelve hexadecimal digits that tell one set of weights from another."""
-    digest = hashlib.sha256()
-    for value in module.state_dict().values():
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def describe_data(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:

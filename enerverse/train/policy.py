@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from enerverse.config import to_json
 from enerverse.data import ClipConfig, LatentEpisodes
-from enerverse.files import load_tensors, prepare_run, save_tensors
+from enerverse.files import fingerprint, load_tensors, prepare_run, save_tensors
 from enerverse.memory import make_memory
 from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
 from enerverse.policy import ActionHead, PolicyConfig, PolicyInputs, read_features
@@ -58,9 +58,13 @@ def extract_features(
     path: Path,
     batch: int = 32,
 ) -> Tensor:
-    """World-model features float16 [W, F, V, h', w', D] of every window, cached at `path`."""
+    """World-model features float16 [W, F, V, h', w', D] of every window, cached at `path`; a cache of another
+    model, of other frames or of other windows is made anew."""
+    key = f"{fingerprint(pipe.unet)} {frames} {len(windows)} {int(windows.rows.sum())}"
     if path.exists():
-        return load_tensors(path)[0]["features"]
+        tensors, words = load_tensors(path)
+        if words.get("key") == key:
+            return tensors["features"]
     memory = make_memory("sparse_uniform", slots=pipe.unet.config.memory, recent=pipe.config.recent)
     parts = []
     grid = (episodes.latents.shape[-2], episodes.latents.shape[-1])
@@ -77,8 +81,9 @@ def extract_features(
             pipe.unet, context.to(pipe.device), offsets.to(pipe.device), rays.to(pipe.device), text, frames
         )
         parts.append(features.half().cpu())
-    save_tensors(path, {"features": torch.cat(parts)})
-    return torch.cat(parts)
+    features = torch.cat(parts)
+    save_tensors(path, {"features": features}, {"key": key})
+    return features
 
 
 class PolicyTask:
