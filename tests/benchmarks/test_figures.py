@@ -7,7 +7,9 @@ def test_readme_and_figures_are_current():
     block, drawn = figures.render()
     assert block in figures.README.read_text(encoding="utf-8"), "README.md is stale; run make figures"
     for name, svg in drawn.items():
-        assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8") == svg, f"{name}: run make figures"
+        assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8") == svg, (
+            f"{name}: run make figures"
+        )
 
 
 def test_interval_and_rate_reach_the_policy_table():
