@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -95,6 +96,8 @@ def train(
     NotFinite, naming the step, when the loss is no longer a number (the last checkpoint stays).
     """
     run.mkdir(parents=True, exist_ok=True)
+    # Accelerate keeps the first precision it was given for the whole process; one process may train several parts.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
     optimizer = torch.optim.AdamW(
         task.module.parameters(),
