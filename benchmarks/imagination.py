@@ -123,7 +123,7 @@ def _rows(
             "gain": round(found.estimate, 3),
             "gain_interval": [round(found.low, 3), round(found.high, 3)],
             "by_task": {
-                kind: round(
+                str(kind): round(
                     pool(rows[kinds == kind])["psnr_moving"]
                     - pool(copied[span][kinds == kind])["psnr_moving"],
                     3,

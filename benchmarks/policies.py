@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,8 +128,8 @@ def play(policy: object, task: str, episodes: int, needs_pictures: bool) -> list
     return evaluate(lambda: make_env(task, cameras=cameras), policy, seeds)  # type: ignore[arg-type]
 
 
-def play_arm(settings: Evaluate, arm: str) -> dict[str, list[bool]]:
-    """Success per seed and task of one arm, kept beside its training."""
+def play_arm(settings: Evaluate, arm: str) -> dict[str, dict[str, Any]]:
+    """Success per seed, and seconds, of every task of one arm, kept beside its training."""
     folder = arm_folder(settings.run, arm)
     path = folder / f"outcomes_{settings.episodes}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -139,11 +140,9 @@ def play_arm(settings: Evaluate, arm: str) -> dict[str, list[bool]]:
         policy = RandomPolicy() if config is None else EnerVersePolicy.from_pretrained(folder / "policy")
         pictures = config is not None and bool(config.world or config.latents or config.pixels)
         began = time.perf_counter()
-        known[task] = [bool(outcome.success) for outcome in play(policy, task, settings.episodes, pictures)]
-        print(
-            f"{arm:10} {task:14} {sum(known[task])}/{len(known[task])} in {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+        wins = [bool(outcome.success) for outcome in play(policy, task, settings.episodes, pictures)]
+        known[task] = {"wins": wins, "seconds": round(time.perf_counter() - began, 1)}
+        print(f"{arm:10} {task:14} {sum(wins)}/{len(wins)} in {known[task]['seconds']:.0f} s", flush=True)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(known))
     return known
@@ -170,14 +169,15 @@ def main(settings: Train | Evaluate) -> None:
         train_arm(settings)
         return
     torch.set_num_threads(1)
-    began = time.perf_counter()
     ready = [
         arm
         for arm in settings.arms
         if ARMS[arm] is None or (arm_folder(settings.run, arm) / "policy").exists()
     ]
-    outcomes = {arm: play_arm(settings, arm) for arm in ready}
-    path = write_result(settings.case, summarise(outcomes), seconds=time.perf_counter() - began)
+    played = {arm: play_arm(settings, arm) for arm in ready}
+    outcomes = {arm: {task: row["wins"] for task, row in tasks.items()} for arm, tasks in played.items()}
+    seconds = sum(row["seconds"] for tasks in played.values() for row in tasks.values())
+    path = write_result(settings.case, summarise(outcomes), seconds=seconds)
     print(path)
 
 
