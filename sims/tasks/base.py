@@ -1,6 +1,7 @@
 """What a task is: the objects it adds, how an episode starts, and when it is done."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -32,7 +33,7 @@ class Facts:
     timer: float = 0.0  # 0 at reset, 1 at the go signal
 
 
-class Task:
+class Task(ABC):
     """Base of all tasks. One instance belongs to one environment and keeps only the current episode's
     choices.
     """
@@ -41,28 +42,28 @@ class Task:
     objects: ClassVar[tuple[str, ...]]  # body names; segmentation class 2 + index
     max_steps: int = 100
 
+    @abstractmethod
     def xml(self) -> str:
         """MJCF bodies of the task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self, sim: "Simulation", rng: np.random.Generator, spread: float) -> str:
         """Place and paint the objects (ranges times ``spread``); return the instruction."""
-        raise NotImplementedError
 
-    def update(self, sim: "Simulation", step: int) -> None:
+    def update(self, sim: "Simulation", step: int) -> None:  # noqa: B027 - most tasks change nothing
         """Change what the scene shows at frame ``step``; called before each picture."""
 
+    @abstractmethod
     def succeeded(self, sim: "Simulation") -> bool:
         """Whether the goal holds now."""
-        raise NotImplementedError
 
     def failed(self, sim: "Simulation") -> bool:
         """Whether the episode is lost for good."""
         return False
 
+    @abstractmethod
     def facts(self, sim: "Simulation") -> Facts:
         """Privileged task state."""
-        raise NotImplementedError
 
 
 def cube_xml(name: str, position: tuple[float, float] = (0.5, 0.0), *, fixed: bool = False) -> str:
