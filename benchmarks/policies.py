@@ -24,14 +24,16 @@ from benchmarks.results_io import write_result
 from enerverse.cli.record import make_env
 from enerverse.data import LatentEpisodes, read_images
 from enerverse.files import atomic_write
+from enerverse.latents import PatchAutoencoder
 from enerverse.metrics import mcnemar_exact, wilson
 from enerverse.model import VideoUNet
 from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
 from enerverse.policy import PolicyConfig
-from enerverse.presets import tiny
+from enerverse.presets import Preset, tiny
 from enerverse.recipes.tiny import TASKS, read_split
 from enerverse.train.policy import train_policy
-from enerverse.train.stages import build_text_encoder
+from enerverse.train.stages import assemble_world, build_text_encoder
+from enerverse.train.world import WorldModel
 from sims.rollout import Outcome, evaluate
 
 BASE = PolicyConfig()
@@ -81,16 +83,12 @@ def train_arm(settings: Train) -> None:
     config = ARMS[settings.arm]
     assert config is not None, "the random arm has nothing to train"
     torch.set_num_threads(1)
-    pipe = EnerVersePipeline.from_pretrained(settings.run / "world" / "pipeline")
     preset = tiny()
     steps = settings.steps or preset.train_policy.steps
     preset = replace(
         preset, policy=config, train_policy=replace(preset.train_policy, steps=steps, seed=settings.seed)
     )
-    if settings.arm == "untrained":
-        torch.manual_seed(settings.seed)
-        pipe.unet = VideoUNet(**preset.unet_arguments()).eval()
-        pipe.text_encoder = build_text_encoder(preset.text).eval()
+    pipe = read_world(settings, preset)
     images = (
         read_images(list(read_split(settings.run, "train").values()), preset.views) if config.pixels else None
     )
@@ -108,6 +106,18 @@ def train_arm(settings: Train) -> None:
         feature_cache=cache,
         device="cpu",
     )
+
+
+def read_world(settings: Train, preset: Preset) -> EnerVersePipeline:
+    """The run's world model; for the arms that read none of it, and for `untrained`, its autoencoder alone with a
+    backbone that was never trained, so that these arms need not wait for it."""
+    config = ARMS[settings.arm]
+    if config is not None and config.world and settings.arm != "untrained":
+        return EnerVersePipeline.from_pretrained(settings.run / "world" / "pipeline")
+    torch.manual_seed(settings.seed)
+    model = WorldModel(VideoUNet(**preset.unet_arguments()), build_text_encoder(preset.text)).eval()
+    autoencoder = PatchAutoencoder.from_pretrained(settings.run / "autoencoder" / "autoencoder").eval()
+    return assemble_world(autoencoder, model, preset)
 
 
 class RandomPolicy:

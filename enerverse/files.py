@@ -47,8 +47,8 @@ def atomic_write(path: AnyPath) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if _is_full(error):
-            raise _disk_full(path, "nothing was changed") from error
+        if is_full(error):
+            raise disk_full(path, "nothing was changed") from error
         raise
 
 
@@ -130,8 +130,8 @@ def append_metrics(path: AnyPath, metrics: Mapping[str, Any]) -> None:
             _mend_last_line(file)
             file.write(line.encode())
     except OSError as error:
-        if _is_full(error):
-            raise _disk_full(target, "the last record is lost") from error
+        if is_full(error):
+            raise disk_full(target, "the last record is lost") from error
         raise
 
 
@@ -163,13 +163,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that the disk, or the user's share of it, is full."""
     # Writers in other languages report a full disk as text only.
     texts = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
     return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in texts)
 
 
-def _disk_full(path: Path, outcome: str) -> OSError:
+def disk_full(path: Path, outcome: str) -> OSError:
+    """The error that says so in one sentence; `outcome`: what became of what was to be written."""
     message = f"{path}: the disk is full, {outcome}; free some space or choose another folder"
     error = OSError(message)
     error.errno = errno.ENOSPC  # set afterwards: given two arguments, OSError would print the number too

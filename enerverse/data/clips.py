@@ -46,16 +46,19 @@ class ClipConfig:
 
     memory, chunk: K and M. recent: last consecutive frames always in memory. mix: share of training windows
     whose memory is drawn at random, evenly spread, consecutive, or the last frame alone. stillness: weight of
-    windows in which nothing moves, relative to an average one; 1 samples uniformly. path: read the gripper's
-    commanded position from the state (its first three entries, plus the entries at `command`), so that
-    actions can be drawn into the pictures; action_scale: metres per action unit.
+    windows in which nothing moves, relative to an average one; 1 samples uniformly. onset: share of windows
+    drawn by how much more moves after the last frame than just before it: what happens next there is told
+    by the instruction and the memory, not by the last frames, and such windows are rare. command: the
+    gripper's commanded position is the first three entries of the state plus the three from `command` on;
+    action_scale: metres per action unit.
     """
 
     memory: int = 4
     chunk: int = 8
     recent: int = 2
-    mix: tuple[float, float, float, float] = (0.45, 0.3, 0.15, 0.1)
+    mix: tuple[float, float, float, float] = (0.3, 0.5, 0.1, 0.1)
     stillness: float = 0.3
+    onset: float = 0.3
     action_scale: tuple[float, float, float] = (0.016, 0.016, 0.016)
     command: int = 8
 
@@ -64,6 +67,8 @@ class ClipConfig:
             raise ValueError(f"recent: expected 1 to {self.memory} (the memory slots), got {self.recent}")
         if abs(sum(self.mix) - 1) > 1e-6:
             raise ValueError(f"mix: expected four shares that sum to 1, got {self.mix}")
+        if not 0 <= self.onset <= 1:
+            raise ValueError(f"onset: expected a share from 0 to 1, got {self.onset}")
 
 
 class ClipSampler:
@@ -75,21 +80,33 @@ class ClipSampler:
         self._windows, self._weights = self._weigh_windows()
 
     def _weigh_windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """All (episode, last memory frame) pairs, and how often each is drawn: by motion, every task
-        equally."""
-        windows, energy = [], []
+        """All (episode, last memory frame) pairs, and the running sum of how often each is drawn: by motion and by the
+        onset of motion, every task equally."""
+        windows, moving, starting = [], [], []
         for index in range(len(self.episodes)):
-            frames = self.episodes.latents[self.episodes.span(index)].float()
-            later = torch.arange(len(frames)).add(self.config.chunk // 2).clamp_max(len(frames) - 1)
-            energy.append((frames[later] - frames).square().mean((1, 2, 3, 4)).sqrt())
-            windows.append(np.stack([np.full(len(frames), index), np.arange(len(frames))], 1))
-        moving = torch.cat(energy).numpy()
-        weights = self.config.stillness + (1 - self.config.stillness) * moving / max(moving.mean(), 1e-8)
-        rows = np.concatenate(windows)
+            ahead, onset = self._motion(index)
+            moving.append(ahead)
+            starting.append(onset)
+            windows.append(np.stack([np.full(len(ahead), index), np.arange(len(ahead))], 1))
+        rows, ahead, onset = np.concatenate(windows), np.concatenate(moving), np.concatenate(starting)
         kinds = np.array([_task_kind(task) for task in self.episodes.tasks])[rows[:, 0]]
+        weights = self.config.stillness + (1 - self.config.stillness) * ahead / max(ahead.mean(), 1e-8)
         for kind in np.unique(kinds):
-            weights[kinds == kind] /= weights[kinds == kind].sum()
-        return rows, np.cumsum(weights / weights.sum())
+            group = kinds == kind
+            plain, sudden = _shares(weights[group]), _shares(onset[group])
+            share = self.config.onset if onset[group].any() else 0.0
+            weights[group] = (1 - share) * plain + share * sudden
+        return rows, np.cumsum(_shares(weights))
+
+    def _motion(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
+        """For every frame [T] of an episode: change of the latents over the next half chunk, and by how much that
+        exceeds the change over the half chunk before, squared."""
+        frames, half = self.episodes.latents[self.episodes.span(episode)].float(), self.config.chunk // 2
+        times = torch.arange(len(frames))
+        later = frames[(times + half).clamp_max(len(frames) - 1)]
+        ahead = (later - frames).square().mean((1, 2, 3, 4)).sqrt()
+        behind = ahead[(times - half).clamp_min(0)] * (times >= half)
+        return ahead.numpy(), (ahead - behind).clamp_min(0).square().numpy()
 
     def batch(self, step: int) -> Clip:
         """The training batch of `step`."""
@@ -154,6 +171,12 @@ class ClipSampler:
             gripper_start(state, self.config), actions, torch.tensor(self.config.action_scale)
         )
         return rays, path_map(path, actions[..., -1], intrinsics, poses, self.episodes.image, self.grid)
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    """`weights` scaled to sum to 1; equal shares where all are 0."""
+    total = weights.sum()
+    return weights / total if total > 0 else np.full_like(weights, 1 / max(1, len(weights)))
 
 
 def gripper_start(state: Tensor, config: ClipConfig) -> Tensor:

@@ -40,3 +40,21 @@ class SelfAttention(nn.Module):
         q, k, v = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in parts)
         mixed = attend(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         return x + self.out(mixed)
+
+
+class CrossAttention(nn.Module):
+    """Queries from the action tokens, keys and values from the condition; residual, output starts at zero."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.keys = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = start_at_zero(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [B, N, C], context [B, S, C] -> [B, N, C]."""
+        q = self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys, values = self.keys(self.norm_context(context)).chunk(2, -1)
+        k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (keys, values))
+        return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))

@@ -9,6 +9,9 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from enerverse.files import AnyPath
+from enerverse.folders import staged_folder
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -19,6 +22,11 @@ class Component(ModelMixin, ConfigMixin):
         config: Any
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...
+
+    def save_pretrained(self, save_directory: AnyPath, **options: Any) -> None:
+        """Write weights (safetensors) and `config.json` into a folder, whole or not at all."""
+        with staged_folder(save_directory) as stage:
+            super().save_pretrained(str(stage), **options)
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Put diffusers' base class beside `cls`: a saved pipeline looks for it in the module of its part."""

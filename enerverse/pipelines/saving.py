@@ -17,6 +17,7 @@ from diffusers.utils import logging
 import enerverse.latents
 import enerverse.model
 import enerverse.policy  # noqa: F401
+from enerverse.folders import INDEX, staged_folder
 
 if TYPE_CHECKING:
     from enerverse.pipelines.policy import EnerVersePolicy
@@ -30,6 +31,11 @@ class SavedPipeline(DiffusionPipeline):
 
     if TYPE_CHECKING:  # diffusers types it as a plain dict
         config: Any
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write every part and `model_index.json` into a folder; the index comes last, so half a folder is none."""
+        with staged_folder(save_directory) as stage:
+            super().save_pretrained(str(stage), **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -55,7 +61,7 @@ class SavedPipeline(DiffusionPipeline):
 
 
 def _read_index(folder: Path, kind: str) -> dict[str, Any]:
-    path = folder / "model_index.json"
+    path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: expected a saved {kind} (model_index.json), found none; train one first"

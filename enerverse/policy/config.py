@@ -16,6 +16,7 @@ class PolicyConfig:
     None. latents: read the frozen latents of the last two frames; pixels: read the last two frames with a
     trained CNN; privileged: width of a simulator-state input (0 for none), for the policy that proves the
     harness. frames: which frames of the window give world tokens (memory frames first, then imagined ones).
+    localize: weight of telling the simulator's facts in training, where the data hold them (see `Locator`).
     chunk: actions predicted; execute: actions carried out before looking again; steps: denoising steps.
     """
 
@@ -28,6 +29,7 @@ class PolicyConfig:
     layers: int = 3
     heads: int = 4
     keypoints: int = 48
+    localize: float = 0.3
     chunk: int = 8
     execute: int = 4
     steps: int = 6

@@ -12,29 +12,12 @@ from torch.nn import functional as F
 
 from enerverse.config import from_dict
 from enerverse.diffusion import FlowX0, Generators, denoise, draw_noise
-from enerverse.model.attention import SelfAttention, attend
+from enerverse.model.attention import CrossAttention, SelfAttention
 from enerverse.model.blocks import fourier_features
-from enerverse.model.component import Component, start_at_zero
+from enerverse.model.component import Component
 from enerverse.policy.condition import ConditionTokens, PolicyInputs
 from enerverse.policy.config import PolicyConfig
-
-
-class CrossAttention(nn.Module):
-    """Queries from the action tokens, keys and values from the condition; residual, output starts at zero."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.keys = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.out = start_at_zero(nn.Linear(width, width))
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [B, N, C], context [B, S, C] -> [B, N, C]."""
-        q = self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        keys, values = self.keys(self.norm_context(context)).chunk(2, -1)
-        k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (keys, values))
-        return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+from enerverse.policy.locator import Locator
 
 
 class ActionBlock(nn.Module):
@@ -71,6 +54,7 @@ class ActionHead(Component):
         views: int = 3,
         latent_channels: int = 16,
         world_shape: tuple[int, ...] | None = None,
+        facts: int = 0,
     ):
         super().__init__()
         self.settings = from_dict(PolicyConfig, policy or {})
@@ -78,6 +62,8 @@ class ActionHead(Component):
         self.condition = ConditionTokens(
             config, views, latent_channels, tuple(world_shape) if world_shape else None
         )
+        locates = config.localize > 0 and facts > 0 and not config.privileged
+        self.locator = Locator(config.width, config.heads, facts) if locates else None
         self.register_buffer("action_mean", torch.zeros(config.action_dim))
         self.register_buffer("action_std", torch.ones(config.action_dim))
         self.inputs = nn.Linear(config.action_dim, config.width)
@@ -90,19 +76,26 @@ class ActionHead(Component):
 
     @classmethod
     def build(
-        cls, config: PolicyConfig, views: int, channels: int, world_shape: tuple[int, ...] | None
+        cls,
+        config: PolicyConfig,
+        views: int,
+        channels: int,
+        world_shape: tuple[int, ...] | None,
+        facts: int = 0,
     ) -> ActionHead:
-        """A head from a `PolicyConfig`."""
-        return cls(asdict(config), views, channels, world_shape if config.world else None)
+        """A head from a `PolicyConfig`; `facts`: width of the simulator's facts that its data hold."""
+        return cls(asdict(config), views, channels, world_shape if config.world else None, facts)
 
     @torch.no_grad()
-    def set_statistics(self, body: Tensor, actions: Tensor) -> None:
-        """Store the mean and deviation of proprioception (with privileged entries) [N, S] and actions [N,
-        A]."""
+    def set_statistics(self, body: Tensor, actions: Tensor, facts: Tensor | None = None) -> None:
+        """Store the mean and deviation of proprioception (with privileged entries) [N, S], of actions [N, A] and of the
+        simulator's facts [N, S']."""
         self.condition.state_mean.copy_(body.mean(0))
         self.condition.state_std.copy_(body.std(0).clamp_min(1e-3))
         self.action_mean.copy_(actions.mean(0))
         self.action_std.copy_(actions.std(0).clamp_min(1e-2))
+        if self.locator is not None and facts is not None:
+            self.locator.set_statistics(facts)
 
     def predict(self, noisy: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """x_0 [B, R, M, A] of `noisy` [B, R, M, A] at `time` [B, R]."""
@@ -112,20 +105,41 @@ class ActionHead(Component):
             x = block(x, context)
         return self.out(x)
 
-    def loss(self, inputs: PolicyInputs, actions: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error of x_0 over `noise_draws` draws per decision; actions [B, M, A]."""
+    def _context(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor | None]:
+        """Condition tokens [B, N, D] with the locator's among them, and those alone [B, 4, D]."""
+        context = self.condition(inputs)
+        if self.locator is None:
+            return context, None
+        places = self.locator(context)
+        return torch.cat([context, places], 1), places
+
+    def loss(
+        self,
+        inputs: PolicyInputs,
+        actions: Tensor,
+        generator: torch.Generator,
+        facts: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of x_0 over `noise_draws` draws per decision, plus the locator's; actions [B, M, A], facts
+        [B, S']. Also returns the parts by name."""
         b, draws = len(actions), self.settings.noise_draws
         clean = ((actions - self.action_mean) / self.action_std)[:, None].expand(-1, draws, -1, -1)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         time = self.objective.sample_times(b * draws, generator).to(clean)
         noisy = self.objective.corrupt(clean.flatten(0, 1), noise.flatten(0, 1), time).view_as(clean)
-        predicted = self.predict(noisy, time.view(b, draws), self.condition(inputs))
-        return F.mse_loss(predicted.float(), clean)
+        context, places = self._context(inputs)
+        loss = F.mse_loss(self.predict(noisy, time.view(b, draws), context).float(), clean)
+        logs = {"actions": float(loss.detach())}
+        if self.locator is not None and places is not None and facts is not None:
+            located = self.locator.loss(places, facts)
+            loss = loss + self.settings.localize * located
+            logs["places"] = float(located.detach())
+        return loss, logs
 
     @torch.no_grad()
     def sample(self, inputs: PolicyInputs, generator: Generators = None) -> Tensor:
         """Action chunks [B, M, A], clipped to [-1, 1]; `generator` is one, or one per decision."""
-        context = self.condition(inputs)
+        context, _ = self._context(inputs)
         shape = (len(inputs.texts), self.settings.chunk, self.settings.action_dim)
         noise = draw_noise(shape, generator).to(context)
 

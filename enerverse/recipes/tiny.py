@@ -21,13 +21,14 @@ from dataengine.episodes import EpisodeDataset
 from enerverse import presets
 from enerverse.cli.record import Record, record_task
 from enerverse.files import atomic_write
+from enerverse.folders import INDEX
 from enerverse.latents import PatchAutoencoder
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.pipelines.saving import export_checkpoint
 from enerverse.train import stages
 from enerverse.train.policy import train_policy
 
-TASKS = {"Lift": 240, "Push": 240, "PickPlace": 240, "OpenDrawer": 240, "CueDelayReach": 200}
+TASKS = {"Lift": 400, "Push": 400, "PickPlace": 300, "OpenDrawer": 200, "CueDelayReach": 240}
 SPLITS = {  # split: (first seed, episodes per task or None for TASKS, share of undisturbed episodes)
     "train": (0, None, 0.25),
     "test": (50_000, 20, 0.0),
@@ -71,13 +72,13 @@ class Tiny:
                 print(line, flush=True)
 
     def _autoencoder(self) -> None:
-        if (self.out / "autoencoder" / "autoencoder").exists():
+        if (self.out / "autoencoder" / "autoencoder" / "config.json").exists():
             return
         datasets = list(read_split(self.out, "train").values())
         stages.train_autoencoder(datasets, self.preset(), self.out / "autoencoder")
 
     def _world(self) -> None:
-        if (self.out / "world" / "pipeline").exists():
+        if (self.out / "world" / "pipeline" / INDEX).exists():
             return
         datasets = list(read_split(self.out, "train").values())
         autoencoder = PatchAutoencoder.from_pretrained(self.out / "autoencoder" / "autoencoder").eval()

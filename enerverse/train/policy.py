@@ -127,17 +127,20 @@ class PolicyTask:
             privileged=data.privileged[rows] if config.privileged else None,
         )
 
-    def batch(self, step: int) -> tuple[PolicyInputs, Tensor]:
+    def batch(self, step: int) -> tuple[PolicyInputs, Tensor, Tensor | None]:
         rng = np.random.default_rng((self.seed, step))
         index = torch.from_numpy(rng.integers(len(self.windows), size=self.batch_size))
-        return self.inputs_at(index), self.actions_at(self.windows.rows[index], self.windows.episode[index])
+        rows = self.windows.rows[index]
+        facts = self.episodes.privileged[rows] if self.module.locator is not None else None
+        return self.inputs_at(index), self.actions_at(rows, self.windows.episode[index]), facts
 
     def loss(
-        self, batch: tuple[PolicyInputs, Tensor], generator: torch.Generator
+        self, batch: tuple[PolicyInputs, Tensor, Tensor | None], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         device = next(self.module.parameters()).device
-        inputs, actions = batch
-        return self.module.loss(inputs.to(device), actions.to(device), generator), {}
+        inputs, actions, facts = batch
+        facts = None if facts is None else facts.to(device)
+        return self.module.loss(inputs.to(device), actions.to(device), generator, facts)
 
 
 def train_policy(
@@ -161,9 +164,11 @@ def train_policy(
         cache = feature_cache or run / "features.safetensors"
         features = extract_features(pipe, episodes, windows, config.frames, cache)
     shape = tuple(features.shape[1:]) if features is not None else None
-    head = ActionHead.build(config, len(preset.views), preset.autoencoder.channels, shape).to(device or "cpu")
+    head = ActionHead.build(
+        config, len(preset.views), preset.autoencoder.channels, shape, episodes.privileged.shape[1]
+    ).to(device or "cpu")
     body = episodes.state if not config.privileged else torch.cat([episodes.state, episodes.privileged], 1)
-    head.set_statistics(body, episodes.label)
+    head.set_statistics(body, episodes.label, episodes.privileged)
     task = PolicyTask(
         head, episodes, windows, features=features, images=images,
         batch=preset.train_policy.batch, seed=preset.train_policy.seed,

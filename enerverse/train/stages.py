@@ -88,20 +88,17 @@ def train_world(
     device = device or default_device()
     prepare_run(run, to_json(preset))
     torch.manual_seed(preset.train_world.seed)
-    objective = make_objective(preset.diffusion.objective, **preset.diffusion.options())
     model = WorldModel(VideoUNet(**preset.unet_arguments()), build_text_encoder(preset.text)).to(device)
     sampler = ClipSampler(
         episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed
     )
     scale = measure_residual_scale(sampler, preset.world_loss)
+    objective = make_objective(preset.diffusion.objective, **preset.diffusion.options())
     task = WorldTask(
         model, sampler, objective, preset.world_loss, channel_std=autoencoder.latent_std, residual_scale=scale
     )
-    pipeline = EnerVersePipeline(
-        autoencoder.to(device), model.unet, model.text_encoder, objective.scheduler(),
-        views=preset.views, image_size=preset.image_size, fps=episodes.fps,
-        objective=preset.diffusion.objective, residual=preset.world_loss.residual, residual_scale=scale,
-        recent=preset.clips.recent, action_scale=preset.clips.action_scale, command=preset.clips.command,
+    pipeline = assemble_world(
+        autoencoder.to(device), model, preset, fps=episodes.fps, residual_scale=scale,
         end_threshold=choose_end_threshold(episodes),
     )  # fmt: skip
     check = (lambda _, step: evaluate(pipeline, step)) if evaluate is not None else None
@@ -117,6 +114,26 @@ def train_world(
     model.eval()
     pipeline.save_pretrained(run / "pipeline")
     return pipeline
+
+
+def assemble_world(
+    autoencoder: Autoencoder,
+    model: WorldModel,
+    preset: Preset,
+    *,
+    fps: float = 10.0,
+    residual_scale: float = 1.0,
+    end_threshold: float = 0.13,
+) -> EnerVersePipeline:
+    """The pipeline of an autoencoder and a world model, trained or not, with what the preset says of its use."""
+    objective = make_objective(preset.diffusion.objective, **preset.diffusion.options())
+    return EnerVersePipeline(
+        autoencoder, model.unet, model.text_encoder, objective.scheduler(),
+        views=preset.views, image_size=preset.image_size, objective=preset.diffusion.objective,
+        residual=preset.world_loss.residual, recent=preset.clips.recent,
+        action_scale=preset.clips.action_scale, command=preset.clips.command,
+        fps=fps, residual_scale=residual_scale, end_threshold=end_threshold,
+    )  # fmt: skip
 
 
 def choose_end_threshold(episodes: LatentEpisodes) -> float:

@@ -128,11 +128,12 @@ def make_pipe(make_unet: Callable[..., VideoUNet], make_autoencoder: Callable[..
 def make_head() -> Callable[..., ActionHead]:
     """A small action head in which every layer does something; keyword arguments override its settings."""
 
-    def make(**changes: Any) -> ActionHead:
+    def make(facts: int = 0, **changes: Any) -> ActionHead:
         sizes: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "keypoints": 4, "steps": 2}
         config = PolicyConfig(**(sizes | {"noise_draws": 2} | changes))
         torch.manual_seed(0)
-        head = ActionHead.build(config, len(VIEWS), CHANNELS, (len(config.frames), len(VIEWS), 2, 2, 16))
+        shape = (len(config.frames), len(VIEWS), 2, 2, 16)
+        head = ActionHead.build(config, len(VIEWS), CHANNELS, shape, facts)
         return wake(head)
 
     return make

@@ -172,6 +172,39 @@ def test_an_episode_in_which_nothing_moves_is_drawn_evenly(make_episodes):
     assert counts.min() > 50
 
 
+def start_moving_at(episodes, frame: int):
+    """The same episodes, of which nothing moves before `frame` and everything after it."""
+    latents = torch.zeros_like(episodes.latents)
+    latents[frame:] += torch.arange(len(latents) - frame)[:, None, None, None, None] / 10
+    return replace(episodes, latents=latents)
+
+
+def test_windows_at_the_onset_of_motion_take_their_share(make_episodes):
+    """Half a chunk (4 frames) before and after the start, motion ahead exceeds motion behind."""
+    episodes = start_moving_at(make_episodes((100,)), 60)
+    drawn = [
+        ClipSampler(episodes, ClipConfig(onset=share, stillness=1.0), batch=4000).batch(0).time
+        for share in (0.0, 0.5, 1.0)
+    ]
+    at_onset = [float(((time >= 57) & (time <= 63)).float().mean()) for time in drawn]
+    assert at_onset[0] == pytest.approx(0.07, abs=0.02)
+    assert at_onset[1] == pytest.approx(0.5 + 0.5 * 0.07, abs=0.03)
+    assert at_onset[2] == 1.0
+
+
+def test_without_any_onset_the_other_weights_stand(make_episodes):
+    episodes = make_episodes((40,))
+    still = replace(episodes, latents=torch.zeros_like(episodes.latents))
+    counts = torch.bincount(ClipSampler(still, ClipConfig(onset=1.0), batch=4000).batch(0).time, minlength=40)
+    assert counts.min() > 50
+
+
+@pytest.mark.parametrize("onset", [-0.1, 1.5])
+def test_the_share_of_onsets_is_a_share(onset):
+    with pytest.raises(ValueError, match=rf"onset: expected a share from 0 to 1, got {onset}"):
+        ClipConfig(onset=onset)
+
+
 @pytest.mark.parametrize("recent", [0, 5])
 def test_recent_frames_must_fit_the_memory(recent):
     with pytest.raises(ValueError, match=rf"recent: expected 1 to 4 \(the memory slots\), got {recent}"):

@@ -37,7 +37,7 @@ def test_sixteen_decisions_are_learned_by_heart(make_head, inputs, actions, worl
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     losses = []
     for step in range(150):
-        loss = head.loss(inputs, actions, seeded(step))
+        loss, _ = head.loss(inputs, actions, seeded(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,3 +155,41 @@ def test_features_are_read_at_pure_noise_of_the_frames_asked_for(make_unet):
 
 def test_features_do_not_flicker(make_unet):
     assert torch.equal(fixed_noise(make_unet(), 2), fixed_noise(make_unet(), 2))
+
+
+def test_where_things_are_is_learned_from_the_facts(make_head, inputs, actions):
+    """With the facts at hand they are told from the inputs; without them the locator's read-out stays as it was."""
+    torch.manual_seed(0)
+    facts = torch.randn(16, 5, generator=seeded(4)) * 3 + 1
+    head = make_head(width=32, facts=5)
+    head.set_statistics(inputs.state, actions.flatten(0, 1), facts)
+    torch.testing.assert_close(head.locator.mean, facts.mean(0))
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    read_out = head.locator.read[2].weight.detach().clone()
+    losses = []
+    for step in range(100):
+        loss, parts = head.loss(inputs, actions, seeded(step), facts)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(parts["places"])
+        assert loss.item() == pytest.approx(
+            parts["actions"] + head.settings.localize * parts["places"], rel=1e-5
+        )
+    assert losses[-1] < 0.1 * losses[0]
+    assert not torch.equal(head.locator.read[2].weight, read_out)
+    assert set(head.loss(inputs, actions, seeded())[1]) == {"actions"}
+
+
+def test_what_the_locator_found_reaches_the_actions(make_head, inputs):
+    head = make_head(facts=5)
+    torch.nn.init.normal_(head.locator.gather.out.weight)
+    before = head.sample(inputs, seeded())
+    torch.nn.init.normal_(head.locator.queries)
+    assert not torch.allclose(head.sample(inputs, seeded()), before)
+
+
+@pytest.mark.parametrize(("localize", "facts", "privileged"), [(0.0, 5, 0), (0.3, 0, 0), (0.3, 5, 5)])
+def test_there_is_no_locator_where_it_has_nothing_to_learn(make_head, localize, facts, privileged):
+    """It is off, the data hold no facts, or the policy is given them."""
+    assert make_head(localize=localize, facts=facts, privileged=privileged).locator is None
