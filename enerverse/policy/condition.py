@@ -57,7 +57,7 @@ class PictureTokens(nn.Module):
         super().__init__()
         inputs, layers = FRAMES_SEEN * channels, []
         for index in range(stem_strides):
-            layers += [nn.Conv2d(inputs, 32 * 2**index, 5, 2, 2), nn.GroupNorm(8, 32 * 2**index), nn.SiLU()]
+            layers += [nn.Conv2d(inputs, 32 * 2**index, 3, 2, 1), nn.GroupNorm(8, 32 * 2**index), nn.SiLU()]
             inputs = 32 * 2**index
         self.net = nn.Sequential(
             *layers, nn.Conv2d(inputs, 96, 3, padding=1), nn.GroupNorm(8, 96), nn.SiLU(),

@@ -34,17 +34,19 @@ class Windows:
         return len(self.rows)
 
 
-def cut_windows(episodes: LatentEpisodes, stillness: float = 0.05, every: int = 1) -> Windows:
-    """Every `every`-th frame with an action after it; of frames at which the arm rests only a share is
-    kept."""
+def cut_windows(episodes: LatentEpisodes, stillness: float = 0.05, every: int = 2) -> Windows:
+    """Every `every`-th frame with an action after it (neighbouring frames are nearly the same decision); of frames at
+    which the arm rests every fourth."""
     rows, owner, first = [], [], []
     for index in range(len(episodes)):
         span = episodes.span(index)
         length = span.stop - span.start - 1
         moving = episodes.label[span.start : span.start + length, :6].abs().amax(1) > stillness
         soon = torch.nn.functional.max_pool1d(moving.float()[None, None], 9, 1, 4)[0, 0] > 0
-        keep = (soon | (torch.arange(length) % 4 == 0)) & (torch.arange(length) % every == 0)
-        rows.append(torch.arange(length)[keep] + span.start)
+        times = torch.arange(length)
+        keep = torch.where(soon, (times + index) % every == 0, times % 4 == 0)
+        keep[0] = True  # every episode begins with a decision
+        rows.append(times[keep] + span.start)
         owner.append(torch.full((int(keep.sum()),), index))
         first.append(torch.full((int(keep.sum()),), span.start))
     return Windows(rows=torch.cat(rows), episode=torch.cat(owner), start=torch.cat(first))
