@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.results_io import write_result
 from dataengine.episodes import Episode, EpisodeDataset
-from enerverse.memory import POLICIES, start_memory
+from enerverse.memory import POLICIES, MemoryPolicy, MemoryState, start_memory
 from enerverse.metrics import wilson
 from enerverse.pipelines import EnerVersePipeline
 
@@ -32,6 +34,7 @@ TASK = "CueDelayReach"
 SLOT_Y = (0.10, 0.0, -0.10)
 GO = 72
 SEEN_IN_ROLLOUT = 12
+EARLY = 5
 HELD_OUT = ("test", "test_clean", "masks")
 
 
@@ -51,7 +54,8 @@ class Cost:
 
     run: Path = Path("runs/tiny")
     world: Path | None = None
-    chunks: int = 105
+    chunks: int = 100
+    repeats: int = 40
     steps: int = 5
     case: str = "memory_cost"
 
@@ -170,41 +174,57 @@ def _rate(hits: list[bool]) -> dict[str, object]:
 
 @torch.no_grad()
 def measure_cost(settings: Cost) -> dict[str, object]:
-    """Median milliseconds per chunk around chunks 5 and 100, and resident memory at both."""
+    """Milliseconds per chunk from the states after 5 and after 100 chunks, and resident memory at both."""
     pipe = EnerVersePipeline.from_pretrained(settings.world or settings.run / "world" / "pipeline")
     views = tuple(pipe.config.views)
     episode = EpisodeDataset(settings.run / "data" / "test" / "Lift").episode(0, views=views)
     assert episode.cameras is not None
-    cameras = episode.cameras.select(views)
+    cameras = episode.cameras.select(views).at(0)
+    poses = [
+        torch.from_numpy(np.array(part)).float()[None]
+        for part in (cameras.intrinsics, cameras.camera_to_world)
+    ]
+    latents = pipe.autoencoder.encode(pictures(episode, views, slice(0, 8))[None]).transpose(1, 2)
+    rays = pipe.draw_rays(poses[0], poses[1], (latents.shape[-2], latents.shape[-1]))
+    text = pipe.text_encoder([episode.task])
     values: dict[str, object] = {}
     for name in POLICIES:
         policy = pipe.make_memory(name)
-        latents = pipe.autoencoder.encode(pictures(episode, views, slice(0, 8))[None]).transpose(1, 2)
-        poses = [torch.from_numpy(np.array(part[0] if part.ndim == 4 else part)).float()[None]
-                 for part in (cameras.intrinsics, cameras.camera_to_world)]  # fmt: skip
-        rays, text = (
-            pipe.draw_rays(poses[0], poses[1], (latents.shape[-2], latents.shape[-1])),
-            pipe.text_encoder([episode.task]),
-        )
-        state, seconds, resident, held = start_memory(policy, latents), [], [], []
-        for _ in tqdm(range(settings.chunks), desc=name):
-            began = time.perf_counter()
+
+        def go_on(state: MemoryState, policy: MemoryPolicy = policy) -> MemoryState:
             chunk, state = pipe.imagine_chunk(state, policy, rays, text, steps=settings.steps)
             pipe.read_out(chunk)
-            seconds.append(time.perf_counter() - began)
-            resident.append(_resident())
-            held.append(state.bytes)
-        early, late = slice(3, 10), slice(settings.chunks - 10, settings.chunks)
+            return state
+
+        state, kept, resident = start_memory(policy, latents), {}, {}
+        for chunk in tqdm(range(1, settings.chunks + 1), desc=name):
+            state = go_on(state)
+            if chunk in (EARLY, settings.chunks):
+                kept[chunk], resident[chunk] = state, _resident()
+        early, late = kept[EARLY], kept[settings.chunks]
+        ms = alternate(go_on, (early, late), settings.repeats)
         values[name] = {
-            "ms_chunk_5": 1000 * float(np.median(seconds[early])),
-            "ms_chunk_100": 1000 * float(np.median(seconds[late])),
-            "resident_mb_chunk_5": float(np.median(resident[early])),
-            "resident_mb_chunk_100": float(np.median(resident[late])),
-            "memory_bytes_chunk_5": held[5],
-            "memory_bytes_chunk_100": held[-1],
+            "ms_chunk_5": ms[0],
+            "ms_chunk_100": ms[1],
+            "resident_mb_chunk_5": resident[EARLY],
+            "resident_mb_chunk_100": resident[settings.chunks],
+            "memory_bytes_chunk_5": early.bytes,
+            "memory_bytes_chunk_100": late.bytes,
         }
         print(name, values[name], flush=True)
     return values
+
+
+def alternate(call: Callable[[Any], object], arguments: tuple[Any, ...], repeats: int) -> list[float]:
+    """Median milliseconds of `call` for each argument, made in turn, so that whatever else the machine does falls on
+    all alike."""
+    seconds: list[list[float]] = [[] for _ in arguments]
+    for _ in range(repeats):
+        for argument, row in zip(arguments, seconds, strict=True):
+            began = time.perf_counter()
+            call(argument)
+            row.append(time.perf_counter() - began)
+    return [1000 * float(np.median(row)) for row in seconds]
 
 
 def _resident() -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from enerverse.data.latents import LatentEpisodes
@@ -47,8 +48,8 @@ class ClipConfig:
     memory, chunk: K and M. recent: last consecutive frames always in memory. mix: share of training windows
     whose memory is drawn at random, evenly spread, consecutive, or the last frame alone. stillness: weight of
     windows in which nothing moves, relative to an average one; 1 samples uniformly. onset: share of windows
-    drawn by how much more moves after the last frame than just before it: what happens next there is told
-    by the instruction and the memory, not by the last frames, and such windows are rare. command: the
+    drawn by how much faster the demonstrator moves after the last frame than just before it: what comes next is
+    told there by the instruction and the memory, not by the last frames, and such windows are rare. command: the
     gripper's commanded position is the first three entries of the state plus the three from `command` on;
     action_scale: metres per action unit.
     """
@@ -81,14 +82,12 @@ class ClipSampler:
 
     def _weigh_windows(self) -> tuple[np.ndarray, np.ndarray]:
         """All (episode, last memory frame) pairs, and the running sum of how often each is drawn: by motion and by the
-        onset of motion, every task equally."""
-        windows, moving, starting = [], [], []
-        for index in range(len(self.episodes)):
-            ahead, onset = self._motion(index)
-            moving.append(ahead)
-            starting.append(onset)
-            windows.append(np.stack([np.full(len(ahead), index), np.arange(len(ahead))], 1))
-        rows, ahead, onset = np.concatenate(windows), np.concatenate(moving), np.concatenate(starting)
+        onset of commanded motion, every task equally."""
+        indices = range(len(self.episodes))
+        ahead = np.concatenate([self._motion(index) for index in indices])
+        onset = np.concatenate([self._onset(index) for index in indices])
+        lengths = [self.episodes.length(index) for index in indices]
+        rows = np.stack([np.repeat(indices, lengths), np.concatenate([np.arange(n) for n in lengths])], 1)
         kinds = np.array([_task_kind(task) for task in self.episodes.tasks])[rows[:, 0]]
         weights = self.config.stillness + (1 - self.config.stillness) * ahead / max(ahead.mean(), 1e-8)
         for kind in np.unique(kinds):
@@ -98,15 +97,20 @@ class ClipSampler:
             weights[group] = (1 - share) * plain + share * sudden
         return rows, np.cumsum(_shares(weights))
 
-    def _motion(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        """For every frame [T] of an episode: change of the latents over the next half chunk, and by how much that
-        exceeds the change over the half chunk before, squared."""
-        frames, half = self.episodes.latents[self.episodes.span(episode)].float(), self.config.chunk // 2
-        times = torch.arange(len(frames))
-        later = frames[(times + half).clamp_max(len(frames) - 1)]
-        ahead = (later - frames).square().mean((1, 2, 3, 4)).sqrt()
-        behind = ahead[(times - half).clamp_min(0)] * (times >= half)
-        return ahead.numpy(), (ahead - behind).clamp_min(0).square().numpy()
+    def _motion(self, episode: int) -> np.ndarray:
+        """Change of the latents over the next half chunk, for every frame [T] of an episode."""
+        frames = self.episodes.latents[self.episodes.span(episode)].float()
+        later = torch.arange(len(frames)).add(self.config.chunk // 2).clamp_max(len(frames) - 1)
+        return (frames[later] - frames).square().mean((1, 2, 3, 4)).sqrt().numpy()
+
+    def _onset(self, episode: int) -> np.ndarray:
+        """By how much faster the arm is told to move over the next half chunk than over the last one, squared [T]."""
+        half, commands = self.config.chunk // 2, self.episodes.label[self.episodes.span(episode)].numpy()
+        speed = np.linalg.norm(
+            commands[:-1, :-1], axis=1
+        )  # without the gripper; nothing follows the last frame
+        means = sliding_window_view(np.pad(speed, (half, half + 1)), half).mean(1)
+        return np.clip(means[half : half + len(commands)] - means[: len(commands)], 0, None) ** 2
 
     def batch(self, step: int) -> Clip:
         """The training batch of `step`."""

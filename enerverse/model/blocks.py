@@ -67,7 +67,10 @@ class Modulation(nn.Module):
 
 
 class SpaceTimeBlock(nn.Module):
-    """Spatial and temporal convolution, then attention joint over all views of one frame, then over time.
+    """Spatial and temporal convolution, then attention over time, then joint over all views of one frame.
+
+    Time comes first: what the memory shows at a place has reached the future frames before their places look at each
+    other, so one block is enough to carry a cue from memory to the whole picture.
 
     With `attention=False` a block is its spatial convolution alone, for the finest grid of a small model.
     The temporal attention is bidirectional inside the window; the joint spatial attention is how views see
@@ -89,7 +92,7 @@ class SpaceTimeBlock(nn.Module):
         h = self.spatial(F.silu(self.modulate(x, embedding)))
         if self.temporal is None:
             return x + h
-        return self._attend_time(self._attend_views(x + self.temporal(F.silu(h))))
+        return self._attend_views(self._attend_time(x + self.temporal(F.silu(h))))
 
     def _attend_views(self, x: Tensor) -> Tensor:
         assert self.views is not None

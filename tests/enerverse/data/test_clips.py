@@ -166,35 +166,40 @@ def test_moving_windows_are_drawn_more_often(make_episodes):
 def test_an_episode_in_which_nothing_moves_is_drawn_evenly(make_episodes):
     episodes = make_episodes((40,))
     clip = ClipSampler(
-        replace(episodes, latents=torch.zeros_like(episodes.latents)), ClipConfig(), batch=4000
+        replace(episodes, latents=torch.zeros_like(episodes.latents)), ClipConfig(onset=0.0), batch=4000
     )
     counts = torch.bincount(clip.batch(0).time, minlength=40)
     assert counts.min() > 50
 
 
-def start_moving_at(episodes, frame: int):
-    """The same episodes, of which nothing moves before `frame` and everything after it."""
-    latents = torch.zeros_like(episodes.latents)
-    latents[frame:] += torch.arange(len(latents) - frame)[:, None, None, None, None] / 10
-    return replace(episodes, latents=latents)
+def start_acting_at(episodes, frame: int):
+    """The same episodes, in which nothing is commanded before `frame` and a steady motion from then on."""
+    label = torch.zeros_like(episodes.label)
+    label[frame:, 0] = 0.5
+    return replace(episodes, label=label)
 
 
-def test_windows_at_the_onset_of_motion_take_their_share(make_episodes):
-    """Half a chunk (4 frames) before and after the start, motion ahead exceeds motion behind."""
-    episodes = start_moving_at(make_episodes((100,)), 60)
-    drawn = [
-        ClipSampler(episodes, ClipConfig(onset=share, stillness=1.0), batch=4000).batch(0).time
-        for share in (0.0, 0.5, 1.0)
-    ]
-    at_onset = [float(((time >= 57) & (time <= 63)).float().mean()) for time in drawn]
-    assert at_onset[0] == pytest.approx(0.07, abs=0.02)
-    assert at_onset[1] == pytest.approx(0.5 + 0.5 * 0.07, abs=0.03)
-    assert at_onset[2] == 1.0
+def test_windows_at_the_onset_of_action_take_their_share(make_episodes):
+    """Four frames (half a chunk) before and after the start, more is commanded ahead than behind; most at the start."""
+    episodes = start_acting_at(make_episodes((100,)), 60)
+    for share in (0.0, 0.5, 1.0):
+        sampler = ClipSampler(episodes, ClipConfig(onset=share, stillness=1.0), batch=4000)
+        counts = torch.bincount(sampler.batch(0).time, minlength=100)
+        expected = (1 - share) / 100 + share * (1 - (torch.arange(100) - 60).abs() / 4).clamp_min(
+            0
+        ) ** 2 / 2.75
+        torch.testing.assert_close(counts / 4000, expected.float(), atol=0.025, rtol=0)
+
+
+def test_the_first_frame_counts_as_an_onset_and_the_last_does_not(make_episodes):
+    episodes = start_acting_at(make_episodes((12,)), 0)
+    time = ClipSampler(episodes, ClipConfig(onset=1.0), batch=400).batch(0).time
+    assert set(time.tolist()) == {0, 1, 2, 3}
 
 
 def test_without_any_onset_the_other_weights_stand(make_episodes):
     episodes = make_episodes((40,))
-    still = replace(episodes, latents=torch.zeros_like(episodes.latents))
+    still = replace(episodes, latents=torch.zeros_like(episodes.latents), label=episodes.label * 0)
     counts = torch.bincount(ClipSampler(still, ClipConfig(onset=1.0), batch=4000).batch(0).time, minlength=40)
     assert counts.min() > 50
 
