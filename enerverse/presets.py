@@ -104,7 +104,7 @@ def tiny() -> Preset:
     return Preset(
         name="tiny",
         train_autoencoder=TrainConfig(steps=1500, batch=32, rate=2e-3, average=0.99),
-        train_world=TrainConfig(steps=7000, batch=8, rate=1.5e-3, average=0.998, save_every=250),
+        train_world=TrainConfig(steps=6000, batch=8, rate=1.5e-3, average=0.998, save_every=250),
         train_policy=TrainConfig(steps=4000, batch=64, rate=1e-3, average=0.998, log_every=50),
     )
 

@@ -20,7 +20,8 @@ class Clip:
 
     memory [B, V, K, C, h, w] with offsets [B, K] (frames before the last, <= 0); future [B, V, M, C, h, w];
     ended [B, M]: 1 where the episode is over and the future frame is the end-of-task latent;
-    rays [B, V, 6, h, w]; actions [B, M, A]; path [B, V, M, 4, h, w]; texts: B instructions;
+    rays [B, V, 6, h, w]; actions [B, M, A]; path [B, V, M, 4, h, w]; facts [B, S'] of the simulator at the last memory
+    frame, where recorded (S' may be 0); texts: B instructions;
     episode, time: [B] which window it is (time = index of the last memory frame).
     """
 
@@ -31,6 +32,7 @@ class Clip:
     rays: Tensor
     actions: Tensor
     path: Tensor
+    facts: Tensor
     texts: tuple[str, ...]
     episode: Tensor
     time: Tensor
@@ -59,7 +61,7 @@ class ClipConfig:
     recent: int = 2
     mix: tuple[float, float, float, float] = (0.3, 0.5, 0.1, 0.1)
     stillness: float = 0.3
-    onset: float = 0.3
+    onset: float = 0.4
     action_scale: tuple[float, float, float] = (0.016, 0.016, 0.016)
     command: int = 8
 
@@ -160,6 +162,7 @@ class ClipSampler:
             rays=rays,
             actions=actions,
             path=path,
+            facts=data.privileged[now],
             texts=tuple(data.tasks[int(index)] for index in episode),
             episode=torch.from_numpy(np.asarray(episode)),
             time=torch.from_numpy(np.asarray(time)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -101,10 +101,13 @@ class VideoUNet(Component):
         self.out_norm = nn.LayerNorm(widths[0])
         self.out = start_at_zero(FrameConv(widths[0], channels))
 
-    def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 =
-        pure noise)."""
+    def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions, *, look: bool = False) -> Any:
+        """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 = pure noise).
+
+        With `look`, a pair: the prediction, and what `features` returns.
+        """
         x, embedding, skips = self._descend(noisy, time, conditions)
+        seen = x
         for level in reversed(range(len(self.up))):
             x = x + self.merge[level](skips[level])
             for block in cast(nn.ModuleList, self.up[level]):
@@ -112,7 +115,8 @@ class VideoUNet(Component):
             if level:
                 x = self.upsample[level - 1](x)
         x = self.out(F.silu(self.out_norm(x[:, :, self.memory :])))
-        return x.permute(0, 1, 2, 5, 3, 4)
+        prediction = x.permute(0, 1, 2, 5, 3, 4)
+        return (prediction, seen) if look else prediction
 
     def features(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Mid-block activations [B, V, K + M, h', w', D] after one pass down; the way up is not run."""

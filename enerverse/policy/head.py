@@ -15,9 +15,9 @@ from enerverse.diffusion import FlowX0, Generators, denoise, draw_noise
 from enerverse.model.attention import CrossAttention, SelfAttention
 from enerverse.model.blocks import fourier_features
 from enerverse.model.component import Component
+from enerverse.model.locator import Locator
 from enerverse.policy.condition import ConditionTokens, PolicyInputs
 from enerverse.policy.config import PolicyConfig
-from enerverse.policy.locator import Locator
 
 
 class ActionBlock(nn.Module):

@@ -14,7 +14,7 @@ from enerverse.data import ClipSampler, Datasets, LatentEpisodes, encode_dataset
 from enerverse.diffusion import make_objective
 from enerverse.files import prepare_run
 from enerverse.latents import Autoencoder, KLAutoencoder, PatchAutoencoder
-from enerverse.model import HashedTextEncoder, PretrainedTextEncoder, VideoUNet
+from enerverse.model import HashedTextEncoder, Locator, PretrainedTextEncoder, VideoUNet
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.presets import AutoencoderConfig, Preset, TextConfig
 from enerverse.train.autoencoder import AutoencoderTask
@@ -38,6 +38,18 @@ def build_text_encoder(config: TextConfig) -> nn.Module:
     if config.kind == "pretrained":
         return PretrainedTextEncoder(config.width, config.model)
     return HashedTextEncoder(config.width)
+
+
+def build_locator(unet: VideoUNet, episodes: LatentEpisodes) -> Locator | None:
+    """What tells the simulator's facts from mid-block features; None where the data hold none."""
+    facts = episodes.privileged
+    if facts.shape[1] == 0:
+        return None
+    locator = Locator(
+        unet.feature_width, max(1, unet.feature_width // unet.config.head_width), facts.shape[1]
+    )
+    locator.set_statistics(facts)
+    return locator
 
 
 def default_device() -> str:
@@ -88,7 +100,9 @@ def train_world(
     device = device or default_device()
     prepare_run(run, to_json(preset))
     torch.manual_seed(preset.train_world.seed)
-    model = WorldModel(VideoUNet(**preset.unet_arguments()), build_text_encoder(preset.text)).to(device)
+    unet = VideoUNet(**preset.unet_arguments())
+    locator = build_locator(unet, episodes) if preset.world_loss.localize > 0 else None
+    model = WorldModel(unet, build_text_encoder(preset.text), locator).to(device)
     sampler = ClipSampler(
         episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from enerverse.data import Clip, ClipSampler
 from enerverse.diffusion import Objective
-from enerverse.model import Conditions
+from enerverse.model import Conditions, Locator, VideoUNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,23 +20,33 @@ class WorldLossConfig:
     residual: predict the difference to the last memory frame, which keeps what does not move. memory_noise:
     largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1; EVAC).
     drop_text, drop_actions: share of samples that are not told the instruction, or the actions. ended_weight:
-    weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power.
+    weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power. localize: weight of
+    telling the simulator's facts from the mid-block features, where the data hold them (see `Locator`).
     """
 
     residual: bool = True
     memory_noise: float = 0.2
     drop_text: float = 0.1
-    drop_actions: float = 0.5
+    drop_actions: float = 0.6
     ended_weight: float = 0.2
     channel_power: float = 1.0
+    localize: float = 0.2
 
 
 class WorldModel(nn.Module):
-    """The trained parts together: UNet and instruction encoder."""
+    """The trained parts together: UNet, instruction encoder, and a locator that serves training alone."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+    def __init__(self, unet: VideoUNet, text_encoder: nn.Module, locator: Locator | None = None):
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.unet, self.text_encoder, self.locator = unet, text_encoder, locator
+
+    def tell_facts(self, features: Tensor, facts: Tensor) -> Tensor:
+        """Squared error of the facts [B, S'], told from mid-block features [B, V, K + M, h', w', D] of the last memory
+        frame, the middle one ahead and the last one."""
+        assert self.locator is not None
+        memory, frames = self.unet.memory, features.shape[2]
+        chosen = features[:, :, [memory - 1, (memory + frames) // 2 - 1, frames - 1]]
+        return self.locator.loss(self.locator(chosen.flatten(1, 4)), facts)
 
 
 class WorldTask:
@@ -83,12 +93,16 @@ class WorldTask:
             path=clip.path.to(device),
             has_actions=told.to(device),
         )
-        prediction = self.module.unet(noisy.to(device), time.to(device), conditions).float()
-        error = (prediction - target.to(device)).square() * self.channel_weights.to(device)
+        prediction, features = self.module.unet(noisy.to(device), time.to(device), conditions, look=True)
+        error = (prediction.float() - target.to(device)).square() * self.channel_weights.to(device)
         frames = error.mean((1, 3, 4, 5))
         weights = torch.where(clip.ended > 0, self.config.ended_weight, 1.0).to(device)
         loss = (frames * weights).mean()
-        return loss, {}
+        if self.module.locator is None:
+            return loss, {}
+        places = self.module.tell_facts(features, clip.facts.to(device))
+        logs = {"pictures": float(loss.detach()), "places": float(places.detach())}
+        return loss + self.config.localize * places, logs
 
 
 def noisy_memory(memory: Tensor, strength: float, generator: torch.Generator) -> Tensor:

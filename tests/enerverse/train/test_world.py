@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from enerverse.model import Conditions
+from enerverse.train.stages import build_locator
 from enerverse.train.world import measure_residual_scale, noisy_memory
 
 runs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("interrupted.py"))))
@@ -112,3 +113,34 @@ def test_the_residual_scale_is_the_deviation_of_the_residual():
     expected = math.sqrt(sum(squares) / 32)
     assert measure_residual_scale(task.sampler, task.config) == pytest.approx(expected, rel=1e-5)
     assert measure_residual_scale(task.sampler, replace(task.config, residual=False)) == 1.0
+
+
+def test_the_features_tell_the_facts_where_the_data_hold_them():
+    """The locator adds its error, weighted; its gradient reaches the way down of the UNet and not the way up."""
+    facts = torch.randn(60, 5, generator=seeded()) * 3 + 1
+    task = runs.make_world_task(replace(runs.random_episodes(), privileged=facts))
+    plain, logs = task.loss(task.batch(0), seeded())
+    assert logs == {}
+    unet, seen = task.module.unet, []
+    task.module.locator = build_locator(unet, task.sampler.episodes)
+    torch.testing.assert_close(task.module.locator.mean, facts.mean(0))
+    unet.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
+    total, logs = task.loss(task.batch(0), seeded())
+    assert logs["pictures"] == pytest.approx(plain.item(), rel=1e-5)
+    assert total.item() == pytest.approx(logs["pictures"] + task.config.localize * logs["places"], rel=1e-5)
+    torch.nn.init.normal_(task.module.locator.gather.out.weight)
+    task.module.tell_facts(seen[0], task.batch(0).facts).backward()
+    assert unet.inputs.conv.weight.grad.abs().sum() > 0
+    assert unet.out.conv.weight.grad is None
+
+
+def test_facts_are_those_of_the_last_memory_frame():
+    episodes = runs.random_episodes()
+    episodes = replace(episodes, privileged=torch.arange(60.0)[:, None])
+    clip = runs.make_world_task(episodes).sampler.batch(0)
+    assert torch.equal(clip.facts[:, 0], episodes.starts[clip.episode] + clip.time)
+
+
+def test_data_without_facts_need_no_locator():
+    task = runs.make_world_task()
+    assert build_locator(task.module.unet, task.sampler.episodes) is None

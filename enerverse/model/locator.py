@@ -12,11 +12,11 @@ QUERIES = 4
 
 
 class Locator(nn.Module):
-    """A few learned queries read the condition tokens; what they find joins the tokens the actions are read from.
+    """A few learned queries read a row of tokens; an MLP tells the simulator's facts from what they find.
 
-    In training an MLP must tell the simulator's facts (positions of the object and of the goal, and so on) from them.
-    Behaviour cloning alone gives a small vision model too little reason to find a cube to within a centimetre. In use
-    no fact is read.
+    The facts (positions of the object and of the goal, which cue was shown, and so on) are targets in training, where
+    the data hold them; in use none is read. Pictures and actions alone give a small model too little reason to find a
+    cube to within a centimetre, or to keep a colour in mind: both say so only in sum with much else.
     """
 
     mean: Tensor
@@ -37,7 +37,7 @@ class Locator(nn.Module):
         self.std.copy_(facts.std(0).clamp_min(1e-3))
 
     def forward(self, context: Tensor) -> Tensor:
-        """Condition tokens [B, N, D] -> tokens [B, 4, D]."""
+        """Tokens [B, N, D] -> tokens [B, 4, D]."""
         return self.gather(self.queries.expand(len(context), -1, -1).to(context.dtype), context)
 
     def loss(self, places: Tensor, facts: Tensor) -> Tensor:
