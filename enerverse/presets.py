@@ -34,6 +34,7 @@ class UNetConfig:
     mid_blocks: int = 1
     head_width: int = 32
     embedding: int = 256
+    plan_tokens: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)

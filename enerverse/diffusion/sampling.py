@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
@@ -18,9 +19,11 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 def scheduler_times(scheduler: Scheduler, steps: int, device: torch.device | str = "cpu") -> Tensor:
     """Times in (0, 1] that the network is asked at, noisiest first; sets the scheduler to `steps` steps."""
-    scheduler.set_timesteps(steps, device=device)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Left to itself the scheduler shifts an end that is shifted already, and the last step is all but empty.
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
         return torch.as_tensor(scheduler.sigmas)[:-1].to(device)
+    scheduler.set_timesteps(steps, device=device)
     return (torch.as_tensor(scheduler.timesteps) + 1) / len(scheduler.alphas_cumprod)
 
 

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enerverse.model.attention import CrossAttention
+from enerverse.model.component import start_at_zero
 
 QUERIES = 4
 
 
-class Locator(nn.Module):
-    """A few learned queries read a row of tokens; an MLP tells the simulator's facts from what they find.
+class FactReader(nn.Module):
+    """An MLP that tells the simulator's facts from a few tokens [B, n, D].
 
     The facts (positions of the object and of the goal, which cue was shown, and so on) are targets in training, where
     the data hold them; in use none is read. Pictures and actions alone give a small model too little reason to find a
@@ -22,11 +23,9 @@ class Locator(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int, heads: int, facts: int):
+    def __init__(self, width: int, facts: int, count: int = QUERIES):
         super().__init__()
-        self.queries = nn.Parameter(0.02 * torch.randn(QUERIES, width))
-        self.gather = CrossAttention(width, heads)
-        self.read = nn.Sequential(nn.Linear(QUERIES * width, 256), nn.SiLU(), nn.Linear(256, facts))
+        self.read = nn.Sequential(nn.Linear(count * width, 256), nn.SiLU(), nn.Linear(256, facts))
         self.register_buffer("mean", torch.zeros(facts))
         self.register_buffer("std", torch.ones(facts))
 
@@ -36,11 +35,49 @@ class Locator(nn.Module):
         self.mean.copy_(facts.mean(0))
         self.std.copy_(facts.std(0).clamp_min(1e-3))
 
+    def loss(self, tokens: Tensor, facts: Tensor) -> Tensor:
+        """Mean squared error of the facts [B, S'], in standard deviations, told from tokens [B, n, D]."""
+        told = self.read(tokens.flatten(1)).float()
+        return F.mse_loss(told, (facts - self.mean) / self.std)
+
+
+class Locator(FactReader):
+    """A fact reader with a few learned queries that gather its tokens from a longer row."""
+
+    def __init__(self, width: int, heads: int, facts: int):
+        super().__init__(width, facts)
+        self.queries = nn.Parameter(0.02 * torch.randn(QUERIES, width))
+        self.gather = CrossAttention(width, heads)
+
     def forward(self, context: Tensor) -> Tensor:
         """Tokens [B, N, D] -> tokens [B, 4, D]."""
         return self.gather(self.queries.expand(len(context), -1, -1).to(context.dtype), context)
 
-    def loss(self, places: Tensor, facts: Tensor) -> Tensor:
-        """Mean squared error of the facts [B, S'], in standard deviations, told from tokens [B, 4, D]."""
-        told = self.read(places.flatten(1)).float()
-        return F.mse_loss(told, (facts - self.mean) / self.std)
+
+class Plan(nn.Module):
+    """A few tokens that read the whole window and tell every frame of the way up what they found.
+
+    What the first reading finds is the question of the second: a cue in memory, then the thing it means. Local blocks
+    would have to pass both from place to place.
+    """
+
+    def __init__(self, width: int, heads: int, embedding: int, count: int = QUERIES, readings: int = 2):
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(count, width))
+        self.readings = nn.ModuleList(CrossAttention(width, heads) for _ in range(readings))
+        self.thoughts = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
+            for _ in range(readings)
+        )
+        self.tell = start_at_zero(nn.Linear(count * width, embedding))
+
+    def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, V, T, h, w, D] -> tokens [B, n, D] and what is added to every frame's embedding [B, 1, E]."""
+        context = window.flatten(1, 4)
+        tokens = self.queries.expand(len(context), -1, -1).to(context.dtype)
+        for read, think in zip(self.readings, self.thoughts, strict=True):
+            tokens = read(tokens, context)
+            tokens = tokens + think(tokens)
+        return tokens, self.tell(tokens.flatten(1))[:, None]

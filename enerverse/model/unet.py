@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from enerverse.model.blocks import Downsample, FrameConv, SpaceTimeBlock, Upsample, fourier_features
 from enerverse.model.component import Component, start_at_zero
+from enerverse.model.locator import Plan
 
 RAY_CHANNELS = 6
 PATH_CHANNELS = 4
@@ -58,6 +59,7 @@ class VideoUNet(Component):
         text_width: int = 128,
         action_dim: int = 7,
         embedding: int = 256,
+        plan_tokens: int = 0,
     ):
         super().__init__()
         if grid % 2 ** (len(widths) - 1):
@@ -95,6 +97,11 @@ class VideoUNet(Component):
         self.mid = nn.ModuleList(
             SpaceTimeBlock(widths[-1], embedding, max(1, widths[-1] // head_width)) for _ in range(mid_blocks)
         )
+        self.plan = (
+            Plan(widths[-1], max(1, widths[-1] // head_width), embedding, plan_tokens)
+            if plan_tokens
+            else None
+        )
         self.upsample = nn.ModuleList(Upsample(widths[i + 1], widths[i]) for i in levels[:-1])
         self.merge = nn.ModuleList(nn.Linear(widths[i], widths[i]) for i in levels)
         self.up = nn.ModuleList(stage(level) for level in levels)
@@ -104,10 +111,13 @@ class VideoUNet(Component):
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions, *, look: bool = False) -> Any:
         """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 = pure noise).
 
-        With `look`, a pair: the prediction, and what `features` returns.
+        With `look`, a pair: the prediction, and the plan's tokens [B, n, D] (None for a UNet without a plan).
         """
         x, embedding, skips = self._descend(noisy, time, conditions)
-        seen = x
+        tokens = None
+        if self.plan is not None:
+            tokens, told = self.plan(x)
+            embedding = embedding + told
         for level in reversed(range(len(self.up))):
             x = x + self.merge[level](skips[level])
             for block in cast(nn.ModuleList, self.up[level]):
@@ -116,7 +126,7 @@ class VideoUNet(Component):
                 x = self.upsample[level - 1](x)
         x = self.out(F.silu(self.out_norm(x[:, :, self.memory :])))
         prediction = x.permute(0, 1, 2, 5, 3, 4)
-        return (prediction, seen) if look else prediction
+        return (prediction, tokens) if look else prediction
 
     def features(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """Mid-block activations [B, V, K + M, h', w', D] after one pass down; the way up is not run."""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from enerverse.config import to_json
 from enerverse.data import ClipSampler, Datasets, LatentEpisodes, encode_dataset, read_images
 from enerverse.diffusion import make_objective
 from enerverse.files import prepare_run
 from enerverse.latents import Autoencoder, KLAutoencoder, PatchAutoencoder
-from enerverse.model import HashedTextEncoder, Locator, PretrainedTextEncoder, VideoUNet
+from enerverse.model import FactReader, HashedTextEncoder, PretrainedTextEncoder, VideoUNet
 from enerverse.pipelines import EnerVersePipeline
 from enerverse.presets import AutoencoderConfig, Preset, TextConfig
 from enerverse.train.autoencoder import AutoencoderTask
@@ -40,16 +40,13 @@ def build_text_encoder(config: TextConfig) -> nn.Module:
     return HashedTextEncoder(config.width)
 
 
-def build_locator(unet: VideoUNet, episodes: LatentEpisodes) -> Locator | None:
-    """What tells the simulator's facts from mid-block features; None where the data hold none."""
-    facts = episodes.privileged
-    if facts.shape[1] == 0:
+def build_reader(unet: VideoUNet, facts: Tensor) -> FactReader | None:
+    """What tells the simulator's facts [N, S'] from the UNet's plan; None where there is no plan or no fact."""
+    if unet.plan is None or facts.shape[1] == 0:
         return None
-    locator = Locator(
-        unet.feature_width, max(1, unet.feature_width // unet.config.head_width), facts.shape[1]
-    )
-    locator.set_statistics(facts)
-    return locator
+    reader = FactReader(unet.feature_width, facts.shape[1], unet.config.plan_tokens)
+    reader.set_statistics(facts)
+    return reader
 
 
 def default_device() -> str:
@@ -101,8 +98,8 @@ def train_world(
     prepare_run(run, to_json(preset))
     torch.manual_seed(preset.train_world.seed)
     unet = VideoUNet(**preset.unet_arguments())
-    locator = build_locator(unet, episodes) if preset.world_loss.localize > 0 else None
-    model = WorldModel(unet, build_text_encoder(preset.text), locator).to(device)
+    reader = build_reader(unet, episodes.privileged) if preset.world_loss.localize > 0 else None
+    model = WorldModel(unet, build_text_encoder(preset.text), reader).to(device)
     sampler = ClipSampler(
         episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from enerverse.data import Clip, ClipSampler
 from enerverse.diffusion import Objective
-from enerverse.model import Conditions, Locator, VideoUNet
+from enerverse.model import Conditions, FactReader, VideoUNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class WorldLossConfig:
     largest deviation of the noise on memory frames, oldest cleanest (EnerVerse, section 3.1; EVAC).
     drop_text, drop_actions: share of samples that are not told the instruction, or the actions. ended_weight:
     weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power. localize: weight of
-    telling the simulator's facts from the mid-block features, where the data hold them (see `Locator`).
+    telling the simulator's facts from the UNet's plan, where it has one and the data hold them (see `FactReader`).
     """
 
     residual: bool = True
@@ -34,19 +34,11 @@ class WorldLossConfig:
 
 
 class WorldModel(nn.Module):
-    """The trained parts together: UNet, instruction encoder, and a locator that serves training alone."""
+    """The trained parts together: UNet, instruction encoder, and a reader of facts that serves training alone."""
 
-    def __init__(self, unet: VideoUNet, text_encoder: nn.Module, locator: Locator | None = None):
+    def __init__(self, unet: VideoUNet, text_encoder: nn.Module, reader: FactReader | None = None):
         super().__init__()
-        self.unet, self.text_encoder, self.locator = unet, text_encoder, locator
-
-    def tell_facts(self, features: Tensor, facts: Tensor) -> Tensor:
-        """Squared error of the facts [B, S'], told from mid-block features [B, V, K + M, h', w', D] of the last memory
-        frame, the middle one ahead and the last one."""
-        assert self.locator is not None
-        memory, frames = self.unet.memory, features.shape[2]
-        chosen = features[:, :, [memory - 1, (memory + frames) // 2 - 1, frames - 1]]
-        return self.locator.loss(self.locator(chosen.flatten(1, 4)), facts)
+        self.unet, self.text_encoder, self.reader = unet, text_encoder, reader
 
 
 class WorldTask:
@@ -93,14 +85,14 @@ class WorldTask:
             path=clip.path.to(device),
             has_actions=told.to(device),
         )
-        prediction, features = self.module.unet(noisy.to(device), time.to(device), conditions, look=True)
+        prediction, plan = self.module.unet(noisy.to(device), time.to(device), conditions, look=True)
         error = (prediction.float() - target.to(device)).square() * self.channel_weights.to(device)
         frames = error.mean((1, 3, 4, 5))
         weights = torch.where(clip.ended > 0, self.config.ended_weight, 1.0).to(device)
         loss = (frames * weights).mean()
-        if self.module.locator is None:
+        if self.module.reader is None:
             return loss, {}
-        places = self.module.tell_facts(features, clip.facts.to(device))
+        places = self.module.reader.loss(plan, clip.facts.to(device))
         logs = {"pictures": float(loss.detach()), "places": float(places.detach())}
         return loss + self.config.localize * places, logs
 
@@ -123,9 +115,12 @@ def measure_residual_scale(sampler: ClipSampler, config: WorldLossConfig, batche
     latents."""
     if not config.residual:
         return 1.0
-    squares = []
+    squares, counted = 0.0, 0.0
     for step in range(batches):
         clip = sampler.batch(10_000_000 + step)  # steps no training reaches
         running = (1 - clip.ended)[:, None, :, None, None, None]
-        squares.append(((clip.future - clip.memory[:, :, -1:]).square() * running).mean())
-    return float(torch.stack(squares).mean().sqrt())
+        moved = (clip.future - clip.memory[:, :, -1:]).square() * running
+        squares += float(moved.sum())
+        counted += float(running.sum()) * moved[0, :, 0].numel()
+    # Where nothing ever moves there is nothing to scale; the floor keeps the loss finite.
+    return max(1e-3, math.sqrt(squares / max(1.0, counted)))

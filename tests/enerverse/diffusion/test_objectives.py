@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from enerverse.diffusion import denoise, make_objective
+from enerverse.diffusion import FlowX0, denoise, make_objective, scheduler_times
 
 NAMES = ("flow_x0", "v_zero_snr")
 
@@ -143,6 +143,14 @@ def test_a_callback_may_replace_the_sample(clean, noise):
         on_step=lambda index, time, sample: torch.full_like(sample, index),
     )  # fmt: skip
     assert torch.equal(result, torch.full_like(clean, 2.0))
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 5), (3.0, 5), (3.0, 2)])
+def test_flow_steps_are_even_before_one_shift(shift, steps):
+    """No step is wasted next to the clean end."""
+    even = torch.linspace(1, 1 / steps, steps)
+    times = scheduler_times(FlowX0(shift=shift).scheduler(), steps)
+    torch.testing.assert_close(times, shift * even / (1 + (shift - 1) * even))
 
 
 def test_an_unknown_objective_names_the_closest_one():

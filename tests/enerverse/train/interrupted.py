@@ -40,11 +40,18 @@ def random_episodes() -> LatentEpisodes:
     )  # fmt: skip
 
 
-def make_world_task(episodes: LatentEpisodes | None = None, **loss: Any) -> WorldTask:
+def make_world_task(episodes: LatentEpisodes | None = None, plan_tokens: int = 0, **loss: Any) -> WorldTask:
     """A small world model on random latents."""
     torch.manual_seed(0)
     unet = VideoUNet(
-        channels=4, grid=4, widths=(8, 16), blocks=(0, 1), head_width=8, text_width=8, embedding=16
+        channels=4,
+        grid=4,
+        widths=(8, 16),
+        blocks=(0, 1),
+        head_width=8,
+        text_width=8,
+        embedding=16,
+        plan_tokens=plan_tokens,
     )
     model = WorldModel(unet, HashedTextEncoder(8, 64))
     sampler = ClipSampler(episodes or random_episodes(), ClipConfig(), batch=2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from enerverse.model import Conditions
-from enerverse.train.stages import build_locator
+from enerverse.train.stages import build_reader
 from enerverse.train.world import measure_residual_scale, noisy_memory
 
 runs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("interrupted.py"))))
@@ -103,35 +103,42 @@ def test_without_strength_memory_is_untouched():
     assert noisy_memory(memory, 0.0, seeded()) is memory
 
 
-def test_the_residual_scale_is_the_deviation_of_the_residual():
+def test_the_residual_scale_is_the_deviation_of_the_residual_where_the_episode_runs():
     task = runs.make_world_task()
-    squares = []
+    moved = []
     for step in range(32):
         clip = task.sampler.batch(10_000_000 + step)
-        running = (1 - clip.ended)[:, None, :, None, None, None]
-        squares.append(((clip.future - clip.memory[:, :, -1:]).square() * running).mean())
-    expected = math.sqrt(sum(squares) / 32)
+        moved.append((clip.future - clip.memory[:, :, -1:]).transpose(1, 2)[clip.ended == 0])
+    expected = math.sqrt(torch.cat(moved).square().mean())
     assert measure_residual_scale(task.sampler, task.config) == pytest.approx(expected, rel=1e-5)
     assert measure_residual_scale(task.sampler, replace(task.config, residual=False)) == 1.0
 
 
-def test_the_features_tell_the_facts_where_the_data_hold_them():
-    """The locator adds its error, weighted; its gradient reaches the way down of the UNet and not the way up."""
+def test_the_plan_tells_the_facts_where_the_data_hold_them():
+    """The reader adds its error, weighted; its gradient reaches the way down of the UNet and not the way up."""
     facts = torch.randn(60, 5, generator=seeded()) * 3 + 1
-    task = runs.make_world_task(replace(runs.random_episodes(), privileged=facts))
+    task = runs.make_world_task(replace(runs.random_episodes(), privileged=facts), plan_tokens=3)
     plain, logs = task.loss(task.batch(0), seeded())
     assert logs == {}
     unet, seen = task.module.unet, []
-    task.module.locator = build_locator(unet, task.sampler.episodes)
-    torch.testing.assert_close(task.module.locator.mean, facts.mean(0))
+    task.module.reader = build_reader(unet, facts)
+    torch.testing.assert_close(task.module.reader.mean, facts.mean(0))
     unet.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
     total, logs = task.loss(task.batch(0), seeded())
     assert logs["pictures"] == pytest.approx(plain.item(), rel=1e-5)
     assert total.item() == pytest.approx(logs["pictures"] + task.config.localize * logs["places"], rel=1e-5)
-    torch.nn.init.normal_(task.module.locator.gather.out.weight)
-    task.module.tell_facts(seen[0], task.batch(0).facts).backward()
+    torch.nn.init.normal_(unet.plan.readings[0].out.weight)
+    task.loss(task.batch(0), seeded())
+    task.module.reader.loss(seen[-1], task.batch(0).facts).backward()
     assert unet.inputs.conv.weight.grad.abs().sum() > 0
     assert unet.out.conv.weight.grad is None
+
+
+def test_where_nothing_moves_the_residual_scale_is_not_zero():
+    task = runs.make_world_task()
+    clip = task.sampler.batch(0)
+    clip = replace(clip, future=clip.memory[:, :, -1:].expand_as(clip.future))
+    assert measure_residual_scale(SimpleNamespace(batch=lambda step: clip), task.config, 2) == 1e-3
 
 
 def test_facts_are_those_of_the_last_memory_frame():
@@ -141,6 +148,7 @@ def test_facts_are_those_of_the_last_memory_frame():
     assert torch.equal(clip.facts[:, 0], episodes.starts[clip.episode] + clip.time)
 
 
-def test_data_without_facts_need_no_locator():
+def test_data_without_facts_need_no_reader():
     task = runs.make_world_task()
-    assert build_locator(task.module.unet, task.sampler.episodes) is None
+    assert build_reader(runs.make_world_task(plan_tokens=3).module.unet, torch.zeros(60, 0)) is None
+    assert build_reader(task.module.unet, torch.zeros(60, 5)) is None  # nor does a UNet without a plan
