@@ -13,7 +13,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,20 @@ def prepare_run(path: AnyPath, config_json: str) -> Path:
         raise ValueError(f"{path}: expected a folder for the run, got a file; choose another path")
     config_path = path / "config.json"
     if config_path.exists():
-        _check_same_config(path, _read_json(config_path), json.loads(config_json))
+        _check_same_config(path, read_json(config_path), json.loads(config_json))
     else:
         _write_text(config_path, config_json)
     if not (path / "environment.txt").exists():
         _write_text(path / "environment.txt", describe("cuda" if torch.cuda.is_available() else "cpu"))
     return path
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises ValueError in one sentence where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got broken text ({error}); remove the file") from None
 
 
 def append_metrics(path: AnyPath, metrics: Mapping[str, Any]) -> None:
@@ -155,6 +163,28 @@ def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def cut_metrics(path: AnyPath, step: int) -> list[dict[str, Any]]:
+    """Drop the records after optimiser step `step` from `metrics.jsonl` and return the others.
+
+    A run that goes on from a checkpoint repeats what came after it; raises what `read_metrics` raises.
+    """
+    records = read_metrics(path)
+    kept = [record for record in records if record.get("step", 0) <= step]
+    if len(kept) < len(records):
+        _write_text(Path(path) / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def total_seconds(records: Iterable[Mapping[str, Any]], key: str = "seconds") -> float:
+    """Seconds of training over all starts of a run; a value below the one before it belongs to a fresh count."""
+    total = last = 0.0
+    for record in records:
+        value = record.get(key)
+        if value is not None:
+            total, last = total + (value - last if value >= last else value), value
+    return total
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -193,13 +223,6 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got broken text ({error}); remove the file") from None
 
 
 def _check_same_config(path: Path, there: Any, here: Any) -> None:

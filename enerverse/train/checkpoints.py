@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,16 +45,62 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What one checkpoint holds: tensors by name, and the step it was written after."""
+
+    model: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    step: int
+
+    def restore(self, module: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer) -> int:
+        """Put everything back and return the step."""
+        module.load_state_dict(self.model)
+        average.load(self.average)
+        _restore_optimizer(optimizer, self.optimizer)
+        return self.step
+
+
+def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read one checkpoint. Raises FileNotFoundError or ValueError where a file of it is missing or damaged."""
+    model = load_tensors(folder / "model.safetensors", device)[0]
+    average = load_tensors(folder / "average.safetensors", device)[0]
+    tensors, words = load_tensors(folder / "optimizer.safetensors", device)
+    if not words.get("step", "").isdigit():
+        raise ValueError(
+            f"{folder}: expected the step in optimizer.safetensors, found none; delete the folder"
+        )
+    return Checkpoint(model=model, average=average, optimizer=tensors, step=int(words["step"]))
+
+
 def load_checkpoint(
     folder: Path, module: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer
 ) -> int:
     """Restore everything from one checkpoint and return the step it was written after."""
     device = next(module.parameters()).device
-    module.load_state_dict(load_tensors(folder / "model.safetensors", device)[0])
-    average.load(load_tensors(folder / "average.safetensors", device)[0])
-    tensors, words = load_tensors(folder / "optimizer.safetensors", device)
-    _restore_optimizer(optimizer, tensors)
-    return json.loads(words["step"])
+    return read_checkpoint(folder, device).restore(module, average, optimizer)
+
+
+def resume(run: Path, module: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest whole checkpoint of `run` and return its step, 0 where there is no checkpoint at all.
+
+    A damaged one is passed over with a line on standard error. Raises ValueError where every one is damaged.
+    """
+    found, device = list_checkpoints(run), next(module.parameters()).device
+    for folder in reversed(found):
+        try:
+            checkpoint = read_checkpoint(folder, device)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
+        else:
+            return checkpoint.restore(module, average, optimizer)
+    if found:
+        raise ValueError(
+            f"{run / 'checkpoints'}: expected a whole checkpoint, got {len(found)} damaged; delete this folder to "
+            "train from the start"
+        )
+    return 0
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

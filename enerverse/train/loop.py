@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from enerverse.files import append_metrics
-from enerverse.train.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from enerverse.files import append_metrics, cut_metrics, total_seconds
+from enerverse.train.checkpoints import resume, save_checkpoint
 from enerverse.train.ema import WeightAverage
 
 
@@ -92,8 +92,9 @@ def train(
 ) -> nn.Module:
     """Train `task.module` for `config.steps` steps in the folder `run` and return it with averaged weights.
 
-    Goes on from the newest checkpoint in `run`. Raises TrainingStopped after Ctrl-C (state saved) and
-    NotFinite, naming the step, when the loss is no longer a number (the last checkpoint stays).
+    Goes on from the newest whole checkpoint in `run` and drops the records after it. Raises TrainingStopped after
+    Ctrl-C (state saved), NotFinite, naming the step, when the loss is no longer a number (the last checkpoint stays),
+    and ValueError where no checkpoint in `run` is whole.
     """
     run.mkdir(parents=True, exist_ok=True)
     # Accelerate keeps the first precision it was given for the whole process; one process may train several parts.
@@ -109,7 +110,8 @@ def train(
     module, optimizer = accelerator.prepare(task.module, optimizer)
     plain = accelerator.unwrap_model(module)
     average = WeightAverage(plain, config.average)
-    start = _resume(run, plain, average, optimizer)
+    start = resume(run, plain, average, optimizer)
+    spent = _Spent(cut_metrics(run, start))
     writer = _tensorboard(run) if config.tensorboard else None
     bar = tqdm(
         range(start, config.steps),
@@ -118,18 +120,13 @@ def train(
         desc=name,
         disable=not sys.stderr.isatty(),
     )
-    began = time.perf_counter()
     with _interruptible() as interrupted:
         for step in bar:
             row = _one_step(task, module, optimizer, accelerator, config, step)
             average.update(plain, step + 1)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                row |= {
-                    "step": done,
-                    "seconds": time.perf_counter() - began,
-                    "cpu_seconds": time.process_time(),
-                }
+                row |= {"step": done, **spent.seconds()}
                 _record(run, row, bar, writer)
             if (
                 evaluate is not None
@@ -148,9 +145,19 @@ def train(
     return plain
 
 
-def _resume(run: Path, module: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer) -> int:
-    found = list_checkpoints(run)
-    return load_checkpoint(found[-1], module, average, optimizer) if found else 0
+class _Spent:
+    """Seconds of this run over all its starts, by the clock and of the processor; `records`: those of earlier starts."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]):
+        self._wall = total_seconds(records) - time.perf_counter()
+        self._cpu = total_seconds(records, "cpu_seconds") - time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        """Both until now."""
+        return {
+            "seconds": self._wall + time.perf_counter(),
+            "cpu_seconds": self._cpu + time.process_time(),
+        }
 
 
 def _one_step(

@@ -177,6 +177,20 @@ def test_bad_metrics_are_named(tmp_path) -> None:
         files.read_metrics(tmp_path / "none")
 
 
+def test_metrics_after_a_step_are_cut(tmp_path) -> None:
+    for step in (1, 2, 3):
+        files.append_metrics(tmp_path, {"step": step, "loss": 0.5})
+    assert files.cut_metrics(tmp_path, 2) == files.read_metrics(tmp_path)
+    assert [record["step"] for record in files.read_metrics(tmp_path)] == [1, 2]
+    assert files.cut_metrics(tmp_path, 0) == []
+
+
+def test_seconds_add_up_over_starts_that_count_anew() -> None:
+    records = [{"seconds": value} for value in (1.0, 4.0, 2.0, 3.0)] + [{"psnr": 20.0}, {"seconds": 5.0}]
+    assert files.total_seconds(records) == 4.0 + 5.0
+    assert files.total_seconds([]) == 0.0
+
+
 def test_metrics_on_a_full_disk(tmp_path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full to imitate a full disk")

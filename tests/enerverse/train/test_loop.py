@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import runpy
 import signal
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from enerverse.config import to_json
-from enerverse.files import load_tensors, prepare_run, read_metrics
+from enerverse.files import load_tensors, prepare_run, read_metrics, save_tensors
 from enerverse.train import NotFinite, TrainConfig, TrainingStopped, train
 from enerverse.train.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from enerverse.train.ema import WeightAverage
@@ -53,6 +54,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(kind, tmp_path):
     resumed = train(runs.make_task(kind), CONFIG, cut, device="cpu")
     assert same_weights(resumed, trained)
     assert same_checkpoints(list_checkpoints(cut)[-1], list_checkpoints(whole)[-1])
+    records = read_metrics(cut)
+    assert [record["step"] for record in records] == list(range(1, 15))
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds)
+    processor = [record["cpu_seconds"] for record in records]
+    assert processor == sorted(processor)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -230,6 +237,38 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, fil
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000003"]
     assert load_checkpoint(list_checkpoints(tmp_path)[-1], module, average, optimizer) == 3
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("spoil", ["cut", "gone", "nameless"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(spoil, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    trained = train(runs.make_task("autoencoder"), CONFIG, whole, device="cpu")
+    train(runs.make_task("autoencoder"), CONFIG, cut, device="cpu")
+    newest = list_checkpoints(cut)[-1] / "optimizer.safetensors"
+    if spoil == "cut":
+        newest.write_bytes(newest.read_bytes()[:100])
+    elif spoil == "gone":
+        newest.unlink()
+    else:
+        save_tensors(newest, load_tensors(newest)[0])
+    capsys.readouterr()
+    resumed = train(runs.make_task("autoencoder"), CONFIG, cut, device="cpu")
+    said = capsys.readouterr().err
+    assert said.startswith("checkpoint passed over: ")
+    assert said.count("\n") == 1
+    assert "step_0000014" in said
+    assert same_weights(resumed, trained)
+    assert [record["step"] for record in read_metrics(cut)] == list(range(1, 15))
+    assert same_checkpoints(list_checkpoints(cut)[-1], list_checkpoints(whole)[-1])
+
+
+def test_a_run_without_a_whole_checkpoint_names_the_folder_to_delete(tmp_path):
+    train(runs.make_task("autoencoder"), CONFIG, tmp_path, device="cpu")
+    for folder in list_checkpoints(tmp_path):
+        (folder / "model.safetensors").write_bytes(b"torn")
+    sentence = f"{tmp_path / 'checkpoints'}: expected a whole checkpoint, got 2 damaged; delete this folder"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(runs.make_task("autoencoder"), CONFIG, tmp_path, device="cpu")
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
