@@ -23,7 +23,7 @@ import tyro
 from benchmarks.results_io import write_result
 from enerverse.cli.record import make_env
 from enerverse.data import LatentEpisodes, read_images
-from enerverse.files import atomic_write
+from enerverse.files import atomic_write, fingerprint
 from enerverse.latents import PatchAutoencoder
 from enerverse.metrics import mcnemar_exact, wilson
 from enerverse.model import VideoUNet
@@ -139,23 +139,33 @@ def play(policy: object, task: str, episodes: int, needs_pictures: bool) -> list
 
 
 def play_arm(settings: Evaluate, arm: str) -> dict[str, dict[str, Any]]:
-    """Success per seed, and seconds, of every task of one arm, kept beside its training."""
-    folder = arm_folder(settings.run, arm)
+    """Success per seed, and seconds, of every task of one arm, kept beside its training; outcomes of other weights are
+    played anew."""
+    folder, config = arm_folder(settings.run, arm), ARMS[arm]
     path = folder / f"outcomes_{settings.episodes}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    config = ARMS[arm]
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    policy = RandomPolicy() if config is None else EnerVersePolicy.from_pretrained(folder / "policy")
+    weights = name_weights(policy)
+    known = kept["tasks"] if kept.get("weights") == weights else {}
+    pictures = config is not None and bool(config.world or config.latents or config.pixels)
     for task in settings.tasks:
         if task in known:
             continue
-        policy = RandomPolicy() if config is None else EnerVersePolicy.from_pretrained(folder / "policy")
-        pictures = config is not None and bool(config.world or config.latents or config.pixels)
         began = time.perf_counter()
         wins = [bool(outcome.success) for outcome in play(policy, task, settings.episodes, pictures)]
         known[task] = {"wins": wins, "seconds": round(time.perf_counter() - began, 1)}
         print(f"{arm:10} {task:14} {sum(wins)}/{len(wins)} in {known[task]['seconds']:.0f} s", flush=True)
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(known))
-    return known
+            temporary.write_text(json.dumps({"weights": weights, "tasks": known}))
+    return {task: known[task] for task in settings.tasks}
+
+
+def name_weights(policy: EnerVersePolicy | RandomPolicy) -> str:
+    """What tells one policy from another: the fingerprints of its parts."""
+    if isinstance(policy, RandomPolicy):
+        return "random"
+    parts = (policy.head, policy.unet, policy.autoencoder)
+    return " ".join(fingerprint(part) for part in parts if part is not None)
 
 
 def summarise(outcomes: dict[str, dict[str, list[bool]]]) -> dict[str, object]:
