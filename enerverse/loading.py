@@ -39,9 +39,10 @@ def _class_name(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("_class_name", ""))
+        index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return ""
+    return str(index.get("_class_name", "")) if isinstance(index, dict) else ""
 
 
 def load_world(checkpoint: str | Path | None = None, device: str | None = None) -> EnerVersePipeline:

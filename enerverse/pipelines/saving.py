@@ -44,8 +44,7 @@ class SavedPipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         index = _read_index(folder, cls.__name__)
         options.setdefault("dtype", torch.float32)
-        if index.get("world"):
-            options = _shared_parts(folder / str(index["world"]), index) | options
+        options = _shared_parts(folder, index) | options
         try:
             with _quiet():
                 pipeline = super().from_pretrained(str(folder), **options)
@@ -57,6 +56,8 @@ class SavedPipeline(DiffusionPipeline):
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval()
+        if index.get("world"):  # loaded, the pipeline is whole: saved elsewhere, it needs no neighbour
+            pipeline.register_to_config(world=None, shared=())
         return pipeline
 
 
@@ -70,6 +71,10 @@ def _read_index(folder: Path, kind: str) -> dict[str, Any]:
         index = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got a damaged file; restore it from a copy") from error
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"{path}: expected a JSON object, got {type(index).__name__}; restore it from a copy"
+        )
     if index.get("_class_name") != kind:
         raise ValueError(
             f"{folder}: expected a saved {kind}, got a {index.get('_class_name')}; give another folder"
@@ -77,12 +82,15 @@ def _read_index(folder: Path, kind: str) -> dict[str, Any]:
     return index
 
 
-def _shared_parts(world: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """The parts of the world model in `world` that a policy folder leaves out."""
+def _shared_parts(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a policy in `folder` leaves to the world model beside it; none where it holds its own."""
+    absent = [name for name in index.get("shared", []) if (index.get(name) or [None])[0] is None]
+    if not index.get("world") or not absent:
+        return {}
     from enerverse.pipelines.world import EnerVersePipeline
 
-    pipeline = EnerVersePipeline.from_pretrained(world)
-    return {name: getattr(pipeline, name) for name in index.get("shared", [])}
+    pipeline = EnerVersePipeline.from_pretrained(folder / str(index["world"]))
+    return {name: getattr(pipeline, name) for name in absent}
 
 
 @contextmanager
