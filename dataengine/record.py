@@ -23,12 +23,15 @@ TRIES_PER_EPISODE = 10
 
 @dataclass(frozen=True)
 class RecordReport:
-    """What one call of :func:`record` did: episodes kept and tried, frames written, seconds taken."""
+    """What one call of :func:`record` did: episodes kept and tried, frames written, seconds taken; `held` episodes with
+    seeds of the same range were there before.
+    """
 
     kept: int
     tried: int
     frames: int
     seconds: float
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def record(
             "max_tries",
             path=writer.root,
         )
-    return RecordReport(kept, tried, frames, time.perf_counter() - begin)
+    return RecordReport(kept, tried, frames, time.perf_counter() - begin, len(done))
 
 
 def _play(env: Any, policy: Any, writer: EpisodeWriter, seed: int, keep: str, max_steps: int | None) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enerverse.cli.messages import announce, table
+from enerverse.cli.messages import announce, command, count, table
 from enerverse.cli.simulator import check_task, demonstrate
 from enerverse.loading import check_device, load_policy, load_world
 
@@ -52,9 +52,9 @@ class Demo:
         pipe.set_progress_bar_config(disable=True)
         announce(
             f"demo: {', '.join(self.tasks)}",
-            f"imagine {self.frames} frames of {self.takes} new episodes per task, from the instruction and from "
-            "the actions",
-            f"let the policy play {self.episodes} episodes per task in MuJoCo",
+            f"imagine {count(self.frames, 'frame')} of {count(self.takes, 'new episode')} per task, from the instruction "
+            "and from the actions",
+            f"let the policy play {count(self.episodes, 'episode')} per task in MuJoCo",
             f"into {self.out / 'report.html'}; about two minutes on two cores",
         )
         results = measure(self, pipe, policy)
@@ -64,7 +64,8 @@ class Demo:
         print(table(results.rows(), results.columns()))
         print(table(results.timing(), ["time", ""]))
         print(f"report: {path}")
-        print("next: open it in a browser; enerverse imagine --help")
+        further = command("enerverse imagine", checkpoint=self.checkpoint, device=self.device)
+        print(f"next: open it in a browser; {further} --data DATASET")
 
     def _check(self) -> None:
         for task in self.tasks:
@@ -134,11 +135,21 @@ def imagine_task(settings: Demo, pipe: EnerVersePipeline, task: str, takes: list
     from enerverse.demo.results import Imaginations
 
     seen = OBSERVED.get(task, settings.observed)
+    check_observed(task, takes, seen)
     versions = {
         "instruction": imagine(pipe, takes, seen, settings.frames),
         "actions": imagine(pipe, takes, seen, settings.frames, with_actions=True),
     }
     return Imaginations(takes=takes, seen=seen, versions=versions)
+
+
+def check_observed(task: str, takes: list[Take], seen: int) -> None:
+    """ValueError where a take ends before a frame is left to imagine."""
+    shortest = min(map(len, takes))
+    if seen >= shortest:
+        raise ValueError(
+            f"observed: expected at most {shortest - 1}, one frame less than the shortest episode of {task}, got {seen}"
+        )
 
 
 def compare_memories(settings: Demo, pipe: EnerVersePipeline, takes: list[Take]) -> Imaginations:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enerverse.cli.messages import announce
+from enerverse.cli.messages import announce, command
+from enerverse.cli.record import recorded_task
 from enerverse.loading import load_world
 
 if TYPE_CHECKING:
@@ -73,10 +74,13 @@ class Imagine:
 
     def _next(self) -> str:
         """The command that shows the other half: with actions, or a policy that uses the model."""
-        at = f" --checkpoint {self.checkpoint}" if self.checkpoint else ""
         if self.with_actions:
-            return f"enerverse rollout{at} --task Lift"
-        return f"enerverse imagine{at} --data {self.data} --with-actions"
+            task = recorded_task(self.data)
+            return command("enerverse rollout", checkpoint=self.checkpoint, task=task, device=self.device)
+        return command(
+            "enerverse imagine", checkpoint=self.checkpoint, data=self.data, episode=self.episode or None,
+            with_actions=True, device=self.device,
+        )  # fmt: skip
 
     def _check(self) -> None:
         if self.start < 1:

@@ -22,7 +22,13 @@ class Info:
     """Checkpoint or run folder to describe; when not given, the shipped one and those under runs/."""
 
     def run(self) -> None:
-        """Print one block per subject."""
+        """Print one block per subject. Raises FileNotFoundError where there is no checkpoint at `checkpoint`."""
+        check_backend()
+        if self.checkpoint is not None and not list_parts(self.checkpoint):
+            raise FileNotFoundError(
+                f"{self.checkpoint}: expected a trained world model or policy, found none; train one with `enerverse "
+                "train`, or give its run folder"
+            )
         for title, lines in self._blocks():
             print(f"{title}:")
             print("\n".join(f"  {line}" for line in lines))
@@ -61,7 +67,6 @@ def list_devices() -> list[str]:
 
 def describe_rendering() -> str:
     """The OpenGL backend and whether it draws; where it does not, the packages to install."""
-    check_backend()
     from sims.errors import RenderingError
 
     try:
@@ -89,19 +94,24 @@ def list_tasks() -> list[str]:
     """Tasks with the first sentence of what they ask for."""
     from sims.tasks import TASKS
 
-    return [f"{name}: {' '.join((task.__doc__ or '').split('.')[0].split())}" for name, task in TASKS.items()]
+    sentences = {name: (task.__doc__ or "").replace("``", "").split(".")[0] for name, task in TASKS.items()}
+    return [f"{name}: {' '.join(sentence.split())}" for name, sentence in sentences.items()]
 
 
 def list_checkpoints(asked: Path | None) -> list[str]:
-    """Checkpoints that can be loaded, with the first lines of their card."""
+    """Checkpoints that can be loaded, with the beginning of their card."""
     folders = [asked] if asked else [SHIPPED, *sorted(Path("runs").glob("*"))]
     lines = []
     for folder in folders:
-        parts = [name for kind, name in zip(PLACES, ("world", "policy"), strict=True) if _has(folder, kind)]
-        if parts:
+        if parts := list_parts(folder):
             name = "shipped (tiny)" if folder == SHIPPED else str(folder)
             lines += [f"{name}: {', '.join(parts)}", *(f"  {line}" for line in read_card(folder))]
     return lines or ["none found; `make tiny` trains one"]
+
+
+def list_parts(folder: Path) -> list[str]:
+    """Which of `world` and `policy` are in a checkpoint or run folder."""
+    return [name for kind, name in zip(PLACES, ("world", "policy"), strict=True) if _has(folder, kind)]
 
 
 def _has(folder: Path, kind: str) -> bool:
@@ -113,11 +123,11 @@ def _has(folder: Path, kind: str) -> bool:
 
 
 def read_card(folder: Path) -> list[str]:
-    """The first three lines with text of a checkpoint's card; none where it has no card."""
+    """Title and first paragraph of a checkpoint's card, line by line; none where it has no card."""
     for path in (folder / "card.md", folder / "checkpoint" / "card.md"):
         if path.is_file():
-            lines = [line.strip("# ") for line in path.read_text(encoding="utf-8").splitlines()]
-            return [line for line in lines if line][:3]
+            blocks = path.read_text(encoding="utf-8").strip().split("\n\n")
+            return [line.strip("# ") for block in blocks[:2] for line in block.splitlines()]
     return []
 
 

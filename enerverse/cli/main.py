@@ -11,15 +11,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
+try:
+    import tyro
 
-from enerverse.cli.demo import Demo
-from enerverse.cli.failures import INTERRUPTED, exit_code, explain
-from enerverse.cli.imagine import Imagine
-from enerverse.cli.info import Info
-from enerverse.cli.record import Record
-from enerverse.cli.rollout import Rollout
-from enerverse.cli.train import Train
+    from enerverse.cli.demo import Demo
+    from enerverse.cli.failures import INTERRUPTED, exit_code, explain
+    from enerverse.cli.imagine import Imagine
+    from enerverse.cli.info import Info
+    from enerverse.cli.record import Record
+    from enerverse.cli.rollout import Rollout
+    from enerverse.cli.train import Train
+except KeyboardInterrupt:  # the program has not begun, so that nothing else would turn Ctrl-C into a line
+    print("enerverse: stopped; nothing was written", file=sys.stderr)
+    sys.exit(130)
 
 VERBS: dict[str, Any] = {
     "record": Record,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,21 @@ from typing import Any
 def announce(*lines: str) -> None:
     """Say what is about to happen, in at most six lines."""
     print("\n".join(lines), flush=True)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 episode`, `2 episodes`."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def command(words: str, **flags: Any) -> str:
+    """A command line to paste: `words`, then the flags that are not None; True stands for a flag without a value."""
+    line = [words]
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, (tuple, list)) else [value]
+            line.append(shlex.join([f"--{name.replace('_', '-')}", *map(str, values)]))
+    return " ".join(line)
 
 
 def table(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from enerverse.cli.messages import announce
-from enerverse.cli.simulator import SeededExpert, make_env
+from enerverse.cli.messages import announce, command, count
+from enerverse.cli.simulator import SeededExpert, check_seed, check_task, make_env
 
 if TYPE_CHECKING:
+    from dataengine.episodes import EpisodeDataset
     from dataengine.record import RecordReport
+
+SETTINGS = Path("meta", "record.json")
+BOUND = ("task", "noise", "clean_share", "cameras", "image_size", "segmentation", "depth", "randomize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +48,29 @@ class Record:
 
     def run(self) -> None:
         """Record and say where it lies."""
+        check_record(self)
         announce(
-            f"record: {self.episodes} demonstrations of {self.task}, seeds from {self.seed} on",
+            f"record: {count(self.episodes, 'demonstration')} of {self.task}, seeds from {self.seed} on",
             f"views: {', '.join(self.cameras)}, {self.image_size} x {self.image_size} pixels",
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
         )
         report = record_task(self)
-        print(
-            f"kept {report.kept} of {report.tried} episodes, {report.frames} frames "
-            f"in {report.seconds:.0f} s: {self.out}"
-        )
-        print(f"next: enerverse train autoencoder --data {self.out} --out runs/mine")
+        if not report.tried:
+            print(f"{self.out}: already holds {count(report.held, 'episode')} with seeds from {self.seed} on")
+        else:
+            print(
+                f"kept {report.kept} of {count(report.tried, 'episode')}, {count(report.frames, 'frame')} "
+                f"in {report.seconds:.0f} s: {self.out}"
+            )
+        print(f"next: {command('enerverse train autoencoder', data=self.out, out='runs/mine')}")
 
 
 def record_task(settings: Record) -> RecordReport:
-    """Do what `settings` say."""
-    from dataengine.episodes import EpisodeWriter
+    """Do what `settings` say. Raises ValueError where the dataset was recorded with other settings."""
+    from dataengine.episodes import DatasetWriteError, EpisodeWriter
     from dataengine.record import record, writer_arguments
 
+    check_record(settings)
     modalities = ["rgb"] + ["segmentation"] * settings.segmentation + ["depth"] * settings.depth
     env = make_env(
         settings.task, cameras=settings.cameras, image_size=settings.image_size, modalities=tuple(modalities),
@@ -67,7 +78,74 @@ def record_task(settings: Record) -> RecordReport:
     )  # fmt: skip
     try:
         with EpisodeWriter(settings.out, robot_type="panda", **writer_arguments(env)) as writer:
+            _write_settings(settings)
             policy = SeededExpert(env, settings.noise, settings.clean_share)
             return record(env, policy, writer, settings.episodes, settings.seed)
+    except DatasetWriteError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DatasetWriteError(
+            f"{settings.out}: cannot write ({reason}), finished episodes are kept; free some space and run the same "
+            "command again",
+            errno=error.errno,
+        ) from error
     finally:
         env.close()
+
+
+def check_record(settings: Record) -> None:
+    """ValueError for settings that cannot be, or that are not those of the dataset in `out`."""
+    check_task(settings.task)
+    check_seed(settings.seed)
+    if settings.episodes < 1:
+        raise ValueError(f"episodes: expected at least 1, got {settings.episodes}")
+    if not settings.noise >= 0:
+        raise ValueError(f"noise: expected 0 or more, got {settings.noise}")
+    if not 0 <= settings.clean_share <= 1:
+        raise ValueError(f"clean_share: expected a share from 0 to 1, got {settings.clean_share}")
+    there, here = read_settings(settings.out), bound_settings(settings)
+    for key, value in there.items():
+        if key in here and value != here[key]:
+            raise ValueError(
+                f"{key}: expected {value} as in the dataset in {settings.out}, got {here[key]}; choose another --out"
+            )
+
+
+def bound_settings(settings: Record) -> dict[str, Any]:
+    """What all episodes of a dataset have in common, as JSON holds it."""
+    values = {name: getattr(settings, name) for name in BOUND}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """With what the episodes in `folder` were recorded; of a dataset without `meta/record.json` the task alone; empty
+    where there is no episode. Raises DatasetError for a damaged dataset."""
+    from dataengine.episodes import EpisodeDataset
+    from enerverse.files import read_json
+
+    if not any((folder / "meta" / "episodes").glob("*/*.parquet")):
+        return {}
+    path = folder / SETTINGS
+    return read_json(path) if path.is_file() else find_task(EpisodeDataset(folder))
+
+
+def find_task(dataset: EpisodeDataset) -> dict[str, Any]:
+    """`{"task": name}` as the simulator's facts of the first episode tell it; empty where they are not recorded."""
+    from sims.env import PRIVILEGED_SIZE
+    from sims.tasks import TASKS
+
+    facts = dataset.episode(0, stop=1, views=()).extra.get("privileged")
+    if facts is None or facts.shape[1] != PRIVILEGED_SIZE:
+        return {}
+    return {"task": list(TASKS)[int(facts[0, -len(TASKS) :].argmax())]}
+
+
+def recorded_task(folder: Path) -> str:
+    """The simulator's task in a dataset, "TASK" where it is none of them."""
+    return str(read_settings(folder).get("task", "TASK"))
+
+
+def _write_settings(settings: Record) -> None:
+    from enerverse.files import atomic_write
+
+    with atomic_write(settings.out / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(bound_settings(settings), indent=2) + "\n", encoding="utf-8")

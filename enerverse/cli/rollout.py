@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from enerverse.cli.messages import announce
-from enerverse.cli.simulator import check_task
+from enerverse.cli.messages import announce, command, count
+from enerverse.cli.simulator import check_seed, check_task
 from enerverse.loading import load_policy
 
 
@@ -32,13 +32,14 @@ class Rollout:
     def run(self) -> None:
         """Play and print success with its interval."""
         check_task(self.task)
+        check_seed(self.seed)
         if self.episodes < 1:
             raise ValueError(f"episodes: expected at least 1, got {self.episodes}")
         if self.out is not None and self.out.suffix != ".mp4":
             raise ValueError(f"out: expected a name that ends in .mp4, got {self.out.name!r}")
         policy = load_policy(self.checkpoint, self.device)
         announce(
-            f"rollout: {self.episodes} episodes of {self.task}, seeds from {self.seed} on"
+            f"rollout: {count(self.episodes, 'episode')} of {self.task}, seeds from {self.seed} on"
             + ", with another look each" * self.randomize,
             f"video into {self.out}" if self.out else "no video (name one with --out)",
         )
@@ -54,7 +55,7 @@ class Rollout:
         print(f"mean steps: {played.steps:.1f}; {played.decision_ms:.0f} ms per decision")
         if self.out:
             self._write(played.film())
-        print(f"next: enerverse demo{f' --checkpoint {self.checkpoint}' if self.checkpoint else ''}")
+        print(f"next: {command('enerverse demo', checkpoint=self.checkpoint, device=self.device)}")
 
     def _write(self, film) -> None:
         from enerverse.files import atomic_write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from sims.rollout import Rollout
 
 BACKENDS = ("egl", "osmesa", "glfw")
+OFF = ("0", "no", "off", "false", "disable", "disabled")  # mujoco's words for "no OpenGL"
 
 
 def check_task(task: str) -> str:
@@ -28,11 +30,14 @@ def check_task(task: str) -> str:
 
 
 def check_backend() -> None:
-    """ValueError where MUJOCO_GL names no OpenGL backend: importing mujoco would end in a traceback."""
-    chosen = os.environ.get("MUJOCO_GL", "")
-    off = ("", "0", "no", "off", "false", "disable", "disabled")
-    if chosen.lower().strip() not in (*BACKENDS, *off):
-        raise ValueError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)}, got {chosen!r}; unset it")
+    """ValueError where MUJOCO_GL turns rendering off or names no OpenGL backend, before mujoco fails on it."""
+    chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if (
+        chosen in ("", *BACKENDS) or "sims.gl" in sys.modules
+    ):  # `sims` itself turns OpenGL off where there is none
+        return
+    why = ", which turns rendering off" if chosen in OFF else ""
+    raise ValueError(f"MUJOCO_GL: expected one of {', '.join(BACKENDS)}, got {chosen!r}{why}; unset it")
 
 
 def make_env(task: str, **options: Any) -> gymnasium.Env:
@@ -45,6 +50,16 @@ def make_env(task: str, **options: Any) -> gymnasium.Env:
     return gymnasium.make(f"enerverse/{task}-v0", **options)
 
 
+def episode_rng(seed: int) -> np.random.Generator:
+    """The noise of the episode of `seed`; its first number decides whether the episode is disturbed."""
+    return np.random.default_rng((7, seed))
+
+
+def is_disturbed(seed: int, clean_share: float) -> bool:
+    """Whether the recorded episode of `seed` was disturbed, where `clean_share` of the episodes were not."""
+    return episode_rng(seed).random() >= clean_share
+
+
 class SeededExpert:
     """The scripted expert as a recording policy: noise depends on the episode's seed alone."""
 
@@ -55,13 +70,19 @@ class SeededExpert:
         """Start the episode of `seed`."""
         from sims.experts import make_expert
 
-        rng = np.random.default_rng((7, seed))
+        rng = episode_rng(seed)
         noise = 0.0 if rng.random() < self.clean_share else self.noise
         self.expert: Expert = make_expert(self.env, noise=noise, rng=rng)
 
     def act(self, obs: dict[str, Any], info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Executed action and clean label, each [7]."""
         return self.expert.act(obs, info)
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that the simulator cannot take."""
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {seed}")
 
 
 def demonstrate(task: str, views: tuple[str, ...], size: int, count: int, seed: int) -> list[Rollout]:

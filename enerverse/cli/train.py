@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from enerverse.cli.messages import announce
+from enerverse.cli.messages import announce, command, count
+from enerverse.cli.record import recorded_task
+from enerverse.cli.simulator import check_seed
 from enerverse.loading import check_device
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class Train:
 
         if self.stage not in STAGES:
             raise unknown("stage", self.stage, STAGES)
+        if self.seed is not None:
+            check_seed(self.seed)
         preset = get_preset(self.preset)
         given = {name: getattr(self, name) for name in ("steps", "batch", "seed")}
         changed = {name: value for name, value in given.items() if value is not None}
@@ -80,17 +84,20 @@ class Train:
     def _announce(self, preset: Preset, device: str) -> None:
         config = getattr(preset, f"train_{self.stage}")
         announce(
-            f"train {self.stage}: preset {preset.name}, {config.steps} steps of {config.batch} on {device}",
+            f"train {self.stage}: preset {preset.name}, {count(config.steps, 'step')} of {config.batch} on {device}",
             f"reads {', '.join(map(str, self.data))}",
             f"writes {self.out / self.stage}; Ctrl-C saves, the same command goes on",
         )
 
     def _next(self) -> str:
-        data = " ".join(map(str, self.data))
         if self.stage == "policy":
-            return f"enerverse rollout --checkpoint {self.out} --task Lift"
+            task = recorded_task(self.data[0])
+            return command("enerverse rollout", checkpoint=self.out, task=task, device=self.device)
         following = STAGES[STAGES.index(self.stage) + 1]
-        return f"enerverse train {following} --data {data} --out {self.out}"
+        preset = None if self.preset == Train.preset else self.preset
+        return command(
+            f"enerverse train {following}", data=self.data, out=self.out, preset=preset, device=self.device
+        )
 
 
 def open_datasets(folders: tuple[Path, ...], preset: Preset) -> list[EpisodeDataset]:

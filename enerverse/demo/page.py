@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from enerverse.cli.messages import count
 from enerverse.demo.results import DemoResults, Imaginations
 from enerverse.films import comparison
 from enerverse.report import Bar, Report
@@ -58,8 +59,9 @@ def _about(results: DemoResults) -> str:
     takes = sum(len(part.takes) for part in results.imaginations.values())
     frames = next(iter(results.imaginations.values())).length
     return (
-        f"Imagination: PSNR in dB over {frames} frames and all views of {takes} episodes with seeds outside the "
-        "training data. Policy: episodes solved in MuJoCo with the 95 % Wilson interval, and mean control steps. "
+        f"Imagination: PSNR in dB over {count(frames, 'frame')} and all views of {count(takes, 'episode')} with seeds "
+        "outside the training data. Policy: episodes solved in MuJoCo with the 95 % Wilson interval, and mean control "
+        "steps. "
         f"{results.checkpoint}."
     )
 

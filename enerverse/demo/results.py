@@ -80,14 +80,15 @@ class DemoResults:
         return float(np.mean([acting.decision_ms for acting in self.acting.values()]))
 
     def rows(self) -> list[list[object]]:
-        """One row per task: PSNR in dB of each version and of copying, success with its interval, mean steps."""
+        """One row per task: PSNR in dB of each version and of copying, success with its interval, mean steps; numbers as
+        text, so that a column has one format on the page and on the terminal."""
         return [self._row(task) for task in self.acting]
 
     def _row(self, task: str) -> list[object]:
-        means = [round(value, 1) for value in self.imaginations[task].means().values()]
+        means = [f"{value:.1f}" for value in self.imaginations[task].means().values()]
         act = self.acting[task]
         interval = f"{100 * act.success.low:.0f} to {act.success.high:.0%}"
-        return [task, *means, f"{act.wins} of {act.episodes}", interval, round(act.steps, 1)]
+        return [task, *means, f"{act.wins} of {act.episodes}", interval, f"{act.steps:.1f}"]
 
     def columns(self) -> list[str]:
         """Names of the cells of `rows`."""
@@ -95,11 +96,13 @@ class DemoResults:
 
     def timing(self) -> list[list[object]]:
         """Speed and duration as (what, value) rows."""
-        parts = [[f"seconds {name}", round(value, 1)] for name, value in self.seconds.items()]
+        parts: list[list[object]] = [
+            [f"seconds {name}", f"{value:.1f}"] for name, value in self.seconds.items()
+        ]
         return [
             ["device", self.device],
-            [f"ms per chunk of {self.chunk} frames, all views", round(self.chunk_ms, 1)],
-            ["ms per decision of the policy", round(self.decision_ms, 1)],
+            [f"ms per chunk of {self.chunk} frames, all views", f"{self.chunk_ms:.1f}"],
+            ["ms per decision of the policy", f"{self.decision_ms:.1f}"],
             *parts,
-            ["seconds in total", round(sum(self.seconds.values()), 1)],
+            ["seconds in total", f"{sum(self.seconds.values()):.1f}"],
         ]

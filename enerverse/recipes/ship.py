@@ -13,9 +13,10 @@ from pathlib import Path
 import tyro
 
 import enerverse
-from enerverse.config import from_json
-from enerverse.files import atomic_write, read_metrics
-from enerverse.presets import Preset
+from dataengine.episodes import EpisodeDataset
+from enerverse.cli.record import read_settings
+from enerverse.cli.simulator import is_disturbed
+from enerverse.files import atomic_write, read_json, read_metrics, total_seconds
 from enerverse.recipes.tiny import SPLITS, TASKS
 
 HOME = Path(enerverse.__file__).parent / "checkpoints" / "tiny"
@@ -34,24 +35,51 @@ def training_rows(run: Path) -> list[str]:
     """One table row per trained part: steps, batch, seed, seconds, last loss."""
     rows = []
     for part in ("autoencoder", "world", "policy"):
-        preset = from_json(Preset, (run / part / "config.json").read_text())
-        config = getattr(preset, f"train_{part}")
-        last = [row for row in read_metrics(run / part) if "loss" in row][-1]
+        config = read_json(run / part / "config.json")[f"train_{part}"]
+        records = [row for row in read_metrics(run / part) if "loss" in row]
+        last, seconds = records[-1], total_seconds(records)
         rows.append(
-            f"| {part} | {last['step']} | {config.batch} | {config.seed} | {last['seconds']:.0f} | {last['loss']:.4f} |"
+            f"| {part} | {last['step']} | {config['batch']} | {config['seed']} | {seconds:.0f} | {last['loss']:.4f} |"
         )
     return rows
 
 
+def data_rows(run: Path) -> list[str]:
+    """One table row per training dataset in the run: episodes, disturbed and not, frames, seeds."""
+    rows = []
+    for folder in datasets(run, "train"):
+        dataset = EpisodeDataset(folder)
+        seeds = [meta.seed for meta in dataset.readable if meta.seed is not None]
+        share = read_settings(folder).get("clean_share", SPLITS["train"][2])
+        disturbed = sum(is_disturbed(seed, share) for seed in seeds)
+        rows.append(
+            f"| {folder.name} | {len(dataset)} | {disturbed} | {len(seeds) - disturbed} | {sum(dataset.lengths)} | "
+            f"{min(seeds)} to {max(seeds)} |"
+        )
+    return rows
+
+
+def held_out(run: Path) -> str:
+    """The splits that no part was trained on, with their episodes."""
+    parts = []
+    for split, (first, _, _) in SPLITS.items():
+        if split != "train" and datasets(run, split):
+            episodes = sum(len(EpisodeDataset(folder)) for folder in datasets(run, split))
+            parts.append(f"{split} ({episodes} episodes, seeds + {first})")
+    return ", ".join(parts) or "nothing"
+
+
+def datasets(run: Path, split: str) -> list[Path]:
+    """The dataset folders of one split of the run, in the recipe's order where it knows them."""
+    found = {
+        path.parents[1].name: path.parents[1] for path in (run / "data" / split).glob("*/meta/info.json")
+    }
+    return [found[name] for name in sorted(found, key=lambda name: ([*TASKS, name].index(name), name))]
+
+
 def card(run: Path) -> str:
     """The text of `card.md`."""
-    frames = {task: f"{count} episodes" for task, count in TASKS.items()}
-    data = "\n".join(
-        f"- {task}: {count}, seeds from {100_000 * i}" for i, (task, count) in enumerate(frames.items())
-    )
-    held_out = ", ".join(
-        f"{name} (seeds + {first})" for name, (first, _, _) in SPLITS.items() if name != "train"
-    )
+    data = "\n".join(data_rows(run))
     table = "\n".join(training_rows(run))
     return f"""# tiny
 
@@ -60,14 +88,16 @@ memory frames. Trained by `make tiny` from recorded MuJoCo demonstrations of the
 
 ## Data
 
+| task | episodes | disturbed | undisturbed | frames | seeds |
+|---|---|---|---|---|---|
 {data}
 
-Three quarters of the training episodes are disturbed (correlated noise on the expert's actions; the clean action is the
-label), one quarter is not. Held out: {held_out}.
+Disturbed: correlated noise on the expert's actions; the clean action is the label. Seeds whose demonstration failed are
+left out. Held out: {held_out(run)}.
 
 ## Training
 
-| part | steps | batch | seed | seconds (this run, one thread) | last loss |
+| part | steps | batch | seed | seconds (all starts together) | last loss |
 |---|---|---|---|---|---|
 {table}
 

@@ -50,14 +50,40 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(data, tmp_path):
 
 
 def test_without_opengl_the_packages_are_named(tmp_path):
-    words = [*PROGRAM, "record", "--task", "Lift", "--out", str(tmp_path / "data"), "--episodes", "1"]
+    code = "import ctypes.util, sys; ctypes.util.find_library = lambda name: None\n"
+    code += "from enerverse.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "record", "--task", "Lift", "--out", str(tmp_path / "data")]
     done = subprocess.run(
-        words, env={**os.environ, "MUJOCO_GL": "disable"}, capture_output=True, text=True, check=False
+        words, env={**os.environ, "MUJOCO_GL": "egl"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "install the system packages libegl1 libgl1 libgles2" in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_rendering_that_is_turned_off_is_to_be_turned_on(tmp_path):
+    words = [*PROGRAM, "record", "--task", "Lift", "--out", str(tmp_path / "data")]
+    done = subprocess.run(
+        words, env={**os.environ, "MUJOCO_GL": "off"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "enerverse: MUJOCO_GL: expected one of egl, osmesa, glfw, got 'off', which turns rendering off; unset it\n"
+    )
+
+
+def test_ctrl_c_before_the_program_has_begun_is_one_line(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [*PROGRAM, "info"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr == "enerverse: stopped; nothing was written\n"
 
 
 def test_an_unknown_backend_is_named(tmp_path):

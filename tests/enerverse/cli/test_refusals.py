@@ -52,6 +52,13 @@ def refused(said, sentence):
         (["imagine", "--data", "DATA", "--checkpoint", "RUN", "--start", "999"], "start: expected at most"),
         (["imagine", "--data", "nowhere", "--checkpoint", "RUN"], "nowhere: expected a dataset folder"),
         (["demo", "--episodes", "0"], "episodes: expected at least 1, got 0"),
+        (["rollout", "--task", "Lift", "--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["record", "--task", "Lift", "--out", "x", "--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["record", "--task", "Lift", "--out", "x", "--clean-share", "2"], "clean_share: expected a share from 0"),
+        (["record", "--task", "Push", "--out", "DATA"], "task: expected Lift as in the dataset in"),
+        (["record", "--task", "Lift", "--out", "DATA", "--noise", "0"], "noise: expected 1.0 as in the dataset"),
+        (["train", "world", "--data", "DATA", "--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["info", "--checkpoint", "nowhere"], "nowhere: expected a trained world model or policy, found none"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_named(words, sentence, call, data, trained, tmp_path, monkeypatch):
@@ -147,6 +154,17 @@ def test_other_data_in_the_run_folder(call, data, trained, tmp_path):
     sentence = "the folder was made from other datasets"
     for stage in ("autoencoder", "world", "policy"):
         refused(call("train", stage, "--data", data, more, "--out", trained, *STEPS), sentence)
+
+
+def test_other_data_are_refused_when_the_cache_has_lost_its_facts(call, data, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    more = shutil.copytree(data, tmp_path / "more")
+    (run / "latents.json").unlink()
+    (run / "policy" / "features.safetensors").unlink()
+    words = ("--data", data, "--out", run, *STEPS)
+    refused(call("train", "world", *words), f"delete {run / 'latents.safetensors'}")
+    for stage in ("world", "policy"):
+        refused(call("train", stage, "--data", data, more, "--out", run, *STEPS), "made from other datasets")
 
 
 def test_an_autoencoder_of_another_run(call, data, trained, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import pytest
 
-from enerverse.cli.main import VERBS, main
+from enerverse.cli.main import VERBS, main, parse
 from enerverse.files import read_metrics
 from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
 
@@ -28,24 +28,40 @@ def test_the_stages_fill_one_run_folder(trained):
         "checkpoint/world/model_index.json", "checkpoint/policy/model_index.json", "checkpoint/card.md",
     ):  # fmt: skip
         assert (trained / part).is_file(), part
-    assert "lift: 2 episodes" in (trained / "checkpoint" / "card.md").read_text()
+    card = (trained / "checkpoint" / "card.md").read_text()
+    assert "Trained on lift (2 episodes, " in card
+    assert "steps: world 2, policy 2;" in card
     EnerVersePipeline.from_pretrained(trained / "checkpoint" / "world")
     EnerVersePolicy.from_pretrained(trained / "checkpoint" / "policy")
+
+
+def test_a_complete_dataset_is_said_to_be_complete(data, call):
+    said = call("record", "--task", "Lift", "--out", data, "--episodes", 2)
+    assert said.code == 0, said.err
+    assert f"{data}: already holds 2 episodes with seeds from 0 on\n" in said.out
+
+
+def test_the_next_command_keeps_the_preset_and_the_episode(tmp_path):
+    words = ("train", "autoencoder", "--data", "a", "b", "--preset", "small", "--out", "run")
+    assert parse(words)._next() == "enerverse train world --data a b --out run --preset small"
+    words = ("imagine", "--data", "a", "--episode", "3", "--device", "cpu")
+    assert parse(words)._next() == "enerverse imagine --data a --episode 3 --with-actions --device cpu"
 
 
 @pytest.mark.parametrize(
     ("stage", "following"),
     [
-        ("autoencoder", "enerverse train world --data"),
-        ("world", "enerverse train policy --data"),
-        ("policy", "enerverse rollout --checkpoint"),
+        ("autoencoder", "enerverse train world --data DATA --out RUN --device cpu"),
+        ("world", "enerverse train policy --data DATA --out RUN --device cpu"),
+        ("policy", "enerverse rollout --checkpoint RUN --task Lift --device cpu"),
     ],
 )
 def test_a_finished_stage_run_again_trains_no_more(stage, following, trained, data, call):
     before = read_metrics(trained / stage)
     said = call("train", stage, "--data", data, "--out", trained, *STEPS)
     assert said.code == 0, said.err
-    assert f"next: {following}" in said.out
+    following = following.replace("DATA", str(data)).replace("RUN", str(trained))
+    assert f"next: {following}\n" in said.out
     assert read_metrics(trained / stage) == before
 
 
@@ -60,6 +76,7 @@ def test_imagine_writes_a_film_and_scores_every_chunk(trained, data, call, tmp_p
     assert "ms per chunk" in said.out
     assert "end of the task imagined" in said.out
     assert "and the recorded actions" in said.out
+    assert f"next: enerverse rollout --checkpoint {trained} --task Lift\n" in said.out
     frames, height, width = video_shape(film)
     assert 8 <= frames <= 12
     assert height > 3 * 256
@@ -115,9 +132,10 @@ def test_info_lists_what_there_is(trained, call):
     assert said.code == 0
     for word in (
         "torch 2", "MUJOCO_GL=", "tiny: 64 px, 3 views; autoencoder 2.9 M", "PickPlace", "sparse_uniform",
-        "flow_x0", f"{trained}: world, policy", "A checkpoint of the preset tiny",
+        "flow_x0", f"{trained}: world, policy", "A checkpoint of the preset tiny", "Trained on lift (2 episodes, ",
     ):  # fmt: skip
         assert word in said.out, word
+    assert "``" not in said.out
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,10 +1,12 @@
 """Takes, scores over the horizon, and what the demo's page shows."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from enerverse.cli.demo import check_observed
 from enerverse.demo.imagining import Imagined, frame_psnr, mean_psnr
 from enerverse.demo.page import build
 from enerverse.demo.results import Acting, DemoResults, Imaginations
@@ -97,9 +99,29 @@ def test_rows_and_page_say_the_same(results):
     row = results.rows()[0]
     assert len(row) == len(results.columns())
     assert row[0] == "Push"
-    assert row[4:] == ["3 of 4", "30 to 95%", 20.0]
-    assert ["seconds in total", 3.0] in results.timing()
+    assert row[4:] == ["3 of 4", "30 to 95%", "20.0"]
+    assert ["seconds in total", "3.0"] in results.timing()
     page = build(results).html()
     assert "3 of 4" in page
     assert "30 to 95%" in page
+    assert "over 4 frames and all views of 2 episodes with seeds outside the training data" in page
+    assert "<td>20.0</td>" in page
     assert page.count("<video") == 5  # two takes, twice, and the policy
+
+
+def test_one_is_counted_in_the_singular(results):
+    short = {
+        "told": Imagined(frames=np.zeros((1, 1, 2, 8, 8, 3), np.uint8), ended=[-1], chunks=1, seconds=0.1)
+    }
+    part = Imaginations(
+        takes=[make_take(6)], seen=2, versions={"instruction": short["told"], "actions": short["told"]}
+    )
+    page = build(replace(results, imaginations={"Push": part}, memory=None)).html()
+    assert "over 1 frame and all views of 1 episode with seeds" in page
+
+
+def test_more_observed_frames_than_the_shortest_take_has_are_refused():
+    check_observed("Push", [make_take(9), make_take(6)], 5)
+    sentence = "observed: expected at most 5, one frame less than the shortest episode of Push, got 6"
+    with pytest.raises(ValueError, match=sentence):
+        check_observed("Push", [make_take(9), make_take(6)], 6)
