@@ -1,16 +1,18 @@
-"""The README does what it says: Python snippets run in order, named commands exist.
+"""The README and the pages do what they say: the README's Python snippets run in order, every command is taken.
 
 A line `<!-- no-run -->` directly above a snippet leaves it out.
 """
 
 import re
-import subprocess
-import sys
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
+
+from enerverse.cli.main import parse
+from sims import TASKS
 
 ROOT = Path(__file__).parents[1]
 SKIP = "<!-- no-run -->"
@@ -37,30 +39,41 @@ def read_snippets(text: str) -> list[Snippet]:
     return found
 
 
-def commands(code: str) -> list[tuple[str, str]]:
-    """Return (program, first plain word after it) for each line that calls `enerverse` or `make`."""
-    lines = (line.split("#")[0].split() for line in code.splitlines())
-    words = (
-        (line[0], [word for word in line[1:] if re.fullmatch(r"[a-z][\w-]*", word)]) for line in lines if line
-    )
-    return [(program, rest[0] if rest else "") for program, rest in words if program in ("enerverse", "make")]
+def commands(code: str) -> list[list[str]]:
+    """The words of each line that calls `enerverse` or `make`; a backslash at the end joins lines."""
+    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words and words[0] in ("enerverse", "make")]
 
 
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
-@cache
-def enerverse_verbs() -> set[str]:
-    code = "import sys; from enerverse.cli.main import main; sys.argv = ['enerverse', '--help']; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(re.findall(r"[a-z][\w-]+", done.stdout))
+def problem(words: Sequence[str]) -> str | None:
+    """What is wrong with a command, None if nothing: an unknown target of make, a verb, flag or value that `enerverse`
+    does not take."""
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+        return next((f"no target {word}" for word in targets if word not in make_targets()), None)
+    try:
+        verb = parse(words[1:])
+    except ValueError as error:
+        return str(error)
+    except SystemExit as stop:
+        return None if stop.code == 0 else f"exit code {stop.code}"
+    task = getattr(verb, "task", "Lift")
+    return None if task in TASKS else f"no task {task}"
 
 
-def snippets(language: str) -> list:
-    found = read_snippets((ROOT / "README.md").read_text(encoding="utf-8"))
-    return [pytest.param(item, id=f"line{item.line}") for item in found if item.language == language]
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(language: str, page: Path = ROOT / "README.md") -> list:
+    found = read_snippets(page.read_text(encoding="utf-8"))
+    return [
+        pytest.param(item, id=f"{page.stem}-line{item.line}") for item in found if item.language == language
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +92,10 @@ def test_python_snippet_runs(snippet: Snippet, reader_folder: Path, monkeypatch)
     assert namespace
 
 
-@pytest.mark.parametrize("snippet", snippets("bash"))
-def test_bash_snippet_names_commands_that_exist(snippet: Snippet) -> None:
-    for program, word in commands(snippet.code):
-        known = make_targets() if program == "make" else enerverse_verbs()
-        assert not word or word in known, (
-            f"README.md near line {snippet.line}: `{program} {word}` does not exist"
-        )
+@pytest.mark.parametrize("snippet", [item for page in pages() for item in snippets("bash", page)])
+def test_bash_snippet_holds_commands_that_the_program_takes(snippet: Snippet) -> None:
+    for words in commands(snippet.code):
+        assert problem(words) is None, f"near line {snippet.line}: {shlex.join(words)}: {problem(words)}"
 
 
 def test_snippets_are_found_in_order_and_skipped_when_marked() -> None:
@@ -99,8 +109,29 @@ def test_snippets_are_found_in_order_and_skipped_when_marked() -> None:
 
 
 def test_commands_are_read_from_bash() -> None:
-    code = "git clone x\nmake demo   # two minutes\nenerverse imagine --device cpu 'push'\nenerverse --help\n"
-    assert commands(code) == [("make", "demo"), ("enerverse", "imagine"), ("enerverse", "")]
+    code = "git clone x\nmake demo   # two minutes\nenerverse imagine \\\n  --device cpu\nenerverse --help\n"
+    assert commands(code) == [
+        ["make", "demo"], ["enerverse", "imagine", "--device", "cpu"], ["enerverse", "--help"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ("enerverse imagin --data a", "did you mean 'imagine'"),
+        ("enerverse imagine --dataset a", "exit code 2"),
+        ("enerverse rollout --task Lift --episodes many", "exit code 2"),
+        ("enerverse rollout --task Lfit", "no task Lfit"),
+        ("make demmo", "no target demmo"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(words: str, wrong: str) -> None:
+    assert wrong in (problem(words.split()) or "nothing")
+
+
+def test_a_command_that_exists_has_no_problem() -> None:
+    for words in ("enerverse --help", "make test-gpu PY=python3", "enerverse record --task Lift --out a"):
+        assert problem(words.split()) is None
 
 
 def test_make_targets_are_read() -> None:
