@@ -34,7 +34,7 @@ def main(folder: str = "runs/examples/push", out: str = "runs/examples/mine") ->
 
     episode = dataset.episode(0, views=preset.views)
     assert episode.cameras is not None
-    cameras = (episode.cameras.intrinsics[0], episode.cameras.camera_to_world[0])
+    cameras = episode.cameras.at(0)
     future = pipe(episode.stacked_images[:4], episode.task, cameras, num_frames=16, output_type="np")
     error = np.abs(future.frames[0].astype(float) - episode.stacked_images[4:20]).mean() / 255
     print(f"imagined {future.frames.shape[1]} frames of {len(preset.views)} views, mean error {error:.3f}")

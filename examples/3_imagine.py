@@ -19,15 +19,14 @@ def main(checkpoint: str | None = None) -> None:
     observation, info = env.reset(seed=7)
     env.close()
     images = np.stack([[observation["images"][view] for view in views]])  # [frames seen, V, P, P, 3]
-    chosen = [info["cameras"][view] for view in views]
-    cameras = tuple(np.stack([camera[key] for camera in chosen]) for key in ("intrinsics", "camera_to_world"))
 
-    free = pipe(images, info["task"], cameras, num_frames=16)
+    free = pipe(images, info["task"], info["cameras"], num_frames=16)
     print(f"{info['task']!r}: frames {list(free.frames.shape)}, end of the task at {free.ended.tolist()}")
 
     left = np.zeros((16, 7), np.float32)
     left[:, 1] = 0.8  # towards +y, in units of 1.6 cm per frame
-    told = pipe(images, info["task"], cameras, num_frames=16, actions=left, state=observation["state"])
+    plan = {"actions": left, "state": observation["state"]}
+    told = pipe(images, info["task"], info["cameras"], num_frames=16, **plan)
     print(f"the two futures differ by {float((told.frames - free.frames).abs().mean()):.3f} per pixel")
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from enerverse.data.actions import actions_ahead
 from enerverse.data.latents import LatentEpisodes
 from enerverse.memory import make_memory
 from enerverse.views import commanded_path, path_map, ray_map
@@ -78,6 +79,7 @@ class ClipSampler:
     """Windows of `episodes`, a pure function of (seed, step): resuming needs no saved data position."""
 
     def __init__(self, episodes: LatentEpisodes, config: ClipConfig, *, batch: int = 8, seed: int = 0):
+        _check_widths(episodes, config)
         self.episodes, self.config, self.batch_size, self.seed = episodes, config, batch, seed
         self.grid = (episodes.latents.shape[-2], episodes.latents.shape[-1])
         self._windows, self._weights = self._weigh_windows()
@@ -152,7 +154,7 @@ class ClipSampler:
         future = (
             future * (~ended)[:, None, :, None, None, None]
         )  # the end-of-task latent is zero: the mean picture
-        actions = _actions_ahead(data.action, ahead - 1, ends)
+        actions = actions_ahead(data.action, ahead - 1, ends)
         rays, path = self.draw_path(np.asarray(episode), data.state[now], actions)
         return Clip(
             memory=data.latents[memory_rows].float().transpose(1, 2),
@@ -180,6 +182,21 @@ class ClipSampler:
         return rays, path_map(path, actions[..., -1], intrinsics, poses, self.episodes.image, self.grid)
 
 
+def _check_widths(episodes: LatentEpisodes, config: ClipConfig) -> None:
+    """Raise ValueError where state or action are too narrow to hold the path that a gripper is sent along."""
+    state, action = episodes.state.shape[1], episodes.action.shape[1]
+    if state < config.command + 3:
+        raise ValueError(
+            f"dataset: expected a state of at least {config.command + 3} numbers, the gripper's tracking error (m) from "
+            f"entry {config.command} on, got {state}; add it or set ClipConfig.command"
+        )
+    if action < 4:
+        raise ValueError(
+            f"dataset: expected actions of at least 4 numbers, translation first and the gripper last, got {action}; "
+            "bring them into this order"
+        )
+
+
 def _shares(weights: np.ndarray) -> np.ndarray:
     """`weights` scaled to sum to 1; equal shares where all are 0."""
     total = weights.sum()
@@ -190,16 +207,6 @@ def gripper_start(state: Tensor, config: ClipConfig) -> Tensor:
     """Commanded gripper position [B, 3] in metres of proprioception `state` [B, S]: measured plus tracking
     error."""
     return state[:, :3] + state[:, config.command : config.command + 3]
-
-
-def _actions_ahead(action: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """Actions [B, M, A] taken at `rows`; past the last transition the arm rests and the gripper keeps its
-    command."""
-    last = (ends - 2).clamp_min(0)[:, None]
-    taken = action[torch.minimum(rows, last)]
-    resting = (rows > last)[..., None].expand_as(taken).clone()
-    resting[..., -1] = False
-    return taken.masked_fill(resting, 0.0)
 
 
 def _task_kind(task: str) -> str:

@@ -69,6 +69,12 @@ class SparseUniformMemory:
     recent: int = 2
     capacity: int = 32
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.recent <= self.slots:
+            raise ValueError(
+                f"recent: expected 1 to {self.slots} (the memory slots), got {self.recent}; choose fewer or add slots"
+            )
+
     def select(self, times: list[int], now: int) -> list[int]:
         spread = self.slots - self.recent
         steps = spread if self.recent == 1 else max(1, spread)

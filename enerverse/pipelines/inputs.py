@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dataengine.cameras import Cameras
+from enerverse.data.actions import at_rest
+from enerverse.pipelines.arrays import as_tensor, check_counts, check_generator, check_guidance
+from enerverse.pipelines.cameras import read_cameras
 
 if TYPE_CHECKING:
     from enerverse.pipelines.world import EnerVersePipeline
@@ -38,15 +39,28 @@ class Observation:
         return self.actions[:, start : start + count], self.path[:, :, start : start + count]
 
 
+def check_options(
+    output_type: Any, num_frames: Any, num_inference_steps: Any, guidance_scale: Any, generator: Any
+) -> None:
+    """Raise ValueError, naming it, for an option of the world pipeline that is none."""
+    if output_type not in ("pt", "np", "latent"):
+        raise ValueError(
+            f"output_type: expected 'pt', 'np' or 'latent', got {output_type!r}; choose one of them"
+        )
+    check_counts(num_frames=num_frames, num_inference_steps=num_inference_steps)
+    check_guidance(guidance_scale)
+    check_generator(generator)
+
+
 def read_images(images: Any, views: tuple[str, ...], size: int) -> Tensor:
     """Frames as float [B, n, V, 3, P, P] in [0, 1]; accepts uint8 channels-last and a missing batch axis."""
-    frames = torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images)
+    expected = f"[B, n, {len(views)}, 3, {size}, {size}]"
+    frames = as_tensor(images, "images", expected)
     if frames.dtype == torch.uint8:
-        if frames.shape[-1] == 3 and frames.shape[-3] != 3:
+        if frames.ndim > 2 and frames.shape[-1] == 3 and frames.shape[-3] != 3:
             frames = frames.movedim(-1, -3)
         frames = frames.float() / 255
     frames = frames[None] if frames.ndim == 5 else frames
-    expected = f"[B, n, {len(views)}, 3, {size}, {size}]"
     if frames.ndim != 6 or frames.shape[3] != 3:
         raise ValueError(
             f"images: expected {expected}, got {list(frames.shape)}; stack time, then views {views}"
@@ -69,68 +83,9 @@ def read_images(images: Any, views: tuple[str, ...], size: int) -> Tensor:
     return frames.float()
 
 
-def read_cameras(cameras: Any, views: tuple[str, ...], size: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Intrinsics [B, V, 3, 3] and rigid camera-to-world matrices [B, V, 4, 4]."""
-    if isinstance(cameras, Cameras):
-        missing = [view for view in views if view not in cameras.names]
-        if missing:
-            raise ValueError(
-                f"cameras: expected the views {views}, got {cameras.names} without {missing[0]!r}"
-            )
-        chosen = cameras.select(views).scaled_to(size, size)
-        intrinsics, poses = torch.as_tensor(chosen.intrinsics), torch.as_tensor(chosen.camera_to_world)
-    else:
-        intrinsics, poses = (torch.as_tensor(np.asarray(part)) for part in cameras)
-    intrinsics, poses = intrinsics.float(), poses.float()
-    if intrinsics.shape[-3:] != (len(views), 3, 3) or poses.shape[-3:] != (len(views), 4, 4):
-        raise ValueError(
-            f"cameras: expected intrinsics [{len(views)}, 3, 3] and camera_to_world [{len(views)}, 4, 4], "
-            f"got {list(intrinsics.shape)} and {list(poses.shape)}"
-        )
-    for name, part in (("intrinsics", intrinsics), ("camera_to_world", poses)):
-        if part.ndim > 4 or (part.ndim == 4 and len(part) not in (1, batch)):
-            raise ValueError(
-                f"cameras: expected {name} of one moment for {batch} episodes, got {list(part.shape)}; "
-                "give the cameras of the last observed frame"
-            )
-    _check_intrinsics(intrinsics, views)
-    _check_rigid(poses, views)
-    return intrinsics.expand(batch, -1, -1, -1), poses.expand(batch, -1, -1, -1)
-
-
-def _check_intrinsics(intrinsics: Tensor, views: tuple[str, ...]) -> None:
-    focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
-    bad = ~torch.isfinite(intrinsics).all(-1).all(-1) | (focal <= 0).any(-1)
-    if bad.any():
-        raise ValueError(
-            f"cameras: expected finite intrinsics with positive focal lengths in pixels for "
-            f"{_first_view(bad, views)!r}, got another matrix"
-        )
-
-
-def _first_view(bad: Tensor, views: tuple[str, ...]) -> str:
-    return views[int(bad.reshape(-1, len(views)).any(0).float().argmax())]
-
-
-def _check_rigid(poses: Tensor, views: tuple[str, ...]) -> None:
-    rotation = poses[..., :3, :3]
-    error = (rotation.transpose(-1, -2) @ rotation - torch.eye(3)).abs().amax((-1, -2))
-    bad = (
-        (error > 1e-3)
-        | ((torch.linalg.det(rotation) - 1).abs() > 1e-3)
-        | ((poses[..., 3, :] - torch.tensor([0.0, 0.0, 0.0, 1.0])).abs() > 1e-3).any(-1)
-        | ~torch.isfinite(poses).all(-1).all(-1)
-    )
-    if bad.any():
-        raise ValueError(
-            "cameras: expected a rigid camera_to_world (rotation, determinant +1) for "
-            f"{_first_view(bad, views)!r}, got another matrix"
-        )
-
-
 def read_actions(actions: Any, name: str, batch: int, steps: int | None, width: int) -> Tensor:
     """Actions [B, T, A] in [-1, 1] as float32."""
-    values = torch.as_tensor(np.asarray(actions) if not isinstance(actions, Tensor) else actions).float()
+    values = as_tensor(actions, name, f"[{batch}, {steps}, {width}]").float()
     values = values[None] if values.ndim == 2 else values
     wrong = values.ndim != 3 or values.shape[-1] != width or len(values) != batch
     if wrong or (steps is not None and values.shape[1] < steps):
@@ -148,7 +103,7 @@ def read_actions(actions: Any, name: str, batch: int, steps: int | None, width: 
 
 def read_state(state: Any, batch: int, width: int) -> Tensor:
     """Proprioception [B, S] of at least `width` finite entries; B may be left out for one episode."""
-    values = torch.as_tensor(np.asarray(state) if not isinstance(state, Tensor) else state).float()
+    values = as_tensor(state, "state", f"[{batch}, S]").float()
     values = values[None] if values.ndim == 1 else values
     if values.ndim != 2 or len(values) != batch or values.shape[1] < width:
         raise ValueError(
@@ -160,13 +115,6 @@ def read_state(state: Any, batch: int, width: int) -> Tensor:
     return values
 
 
-def check_counts(**counts: int) -> None:
-    """Raise ValueError, naming it, for a count below 1."""
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
 def _read_latents(pipe: EnerVersePipeline, images: Any, views: tuple[str, ...], size: int) -> Tensor:
     """Latents [B, V, n, C, h, w] of pictures; latents [B, n, V, C, h, w] encoded before pass through."""
     encoded = (len(views), pipe.unet.config.channels, pipe.unet.config.grid, pipe.unet.config.grid)
@@ -176,10 +124,29 @@ def _read_latents(pipe: EnerVersePipeline, images: Any, views: tuple[str, ...], 
     return pipe.autoencoder.encode(frames).transpose(1, 2).float()
 
 
+def read_instruction(instruction: Any, count: int) -> list[str]:
+    """One text per episode; a single one stands for all."""
+    texts = [instruction] if isinstance(instruction, str) else instruction
+    wrong = (
+        [text for text in texts if not isinstance(text, str)] if isinstance(texts, (list, tuple)) else [texts]
+    )
+    if wrong:
+        raise ValueError(
+            f"instruction: expected text, or a list of one per episode, got {type(wrong[0]).__name__}; say what "
+            "the robot shall do"
+        )
+    texts = list(texts) * (count if isinstance(instruction, str) else 1)
+    if len(texts) != count:
+        raise ValueError(
+            f"instruction: expected one per episode ({count}), got {len(texts)}; one text stands for all"
+        )
+    return texts
+
+
 def read_observation(
     pipe: EnerVersePipeline,
     images: Any,
-    instruction: str | list[str],
+    instruction: Any,
     cameras: Any,
     actions: Any,
     state: Any,
@@ -188,9 +155,7 @@ def read_observation(
     """Check and encode everything that `EnerVersePipeline` was given."""
     views, size = tuple(pipe.config.views), pipe.config.image_size
     latents = _read_latents(pipe, images, views, size)
-    texts = [instruction] * len(latents) if isinstance(instruction, str) else list(instruction)
-    if len(texts) != len(latents):
-        raise ValueError(f"instruction: expected one per episode ({len(latents)}), got {len(texts)}")
+    texts = read_instruction(instruction, len(latents))
     intrinsics, poses = (part.to(pipe.device) for part in read_cameras(cameras, views, size, len(latents)))
     grid = (latents.shape[-2], latents.shape[-1])
     seen = Observation(
@@ -202,19 +167,25 @@ def read_observation(
         rays=pipe.draw_rays(intrinsics, poses, grid),
         grid=grid,
     )
+    return seen if actions is None and state is None else _add_plan(pipe, seen, actions, state, num_frames)
+
+
+def _add_plan(
+    pipe: EnerVersePipeline, seen: Observation, actions: Any, state: Any, num_frames: int
+) -> Observation:
+    """The observation with actions, resting until the last chunk ends, and the path that they trace."""
     if actions is None:
-        return seen
+        raise ValueError(
+            "actions: expected [B, T, A] beside state, got None; pass the actions or leave the state out"
+        )
     if state is None:
         raise ValueError(
             "state: expected proprioception [B, S] beside actions, got None; pass the last observed state"
         )
-    chunk = pipe.unet.config.chunk
-    moves = read_actions(actions, "actions", len(latents), num_frames, pipe.unet.config.action_dim).to(
-        pipe.device
-    )
-    resting = torch.zeros_like(moves[:, -1:]).repeat(1, -moves.shape[1] % chunk, 1)
-    resting[..., -1] = moves[:, -1:, -1]
-    moves = torch.cat([moves, resting], 1)
-    body = read_state(state, len(latents), pipe.config.command + 3).to(pipe.device)
+    count, width = len(seen.texts), pipe.unet.config.action_dim
+    moves = read_actions(actions, "actions", count, num_frames, width)
+    spare = -moves.shape[1] % pipe.unet.config.chunk
+    moves = torch.cat([moves, at_rest(moves[:, -1:]).repeat(1, spare, 1)], 1).to(pipe.device)
+    body = read_state(state, count, pipe.config.command + 3).to(pipe.device)
     told, path = pipe.draw_plan(seen, moves, body)
     return replace(seen, actions=told, path=path)

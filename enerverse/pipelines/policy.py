@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from enerverse.diffusion import Generators
 from enerverse.memory import MemoryState, make_memory, push_chunk, read_context, start_memory
-from enerverse.pipelines.inputs import read_cameras, read_images
+from enerverse.pipelines.arrays import check_counts, check_generator
+from enerverse.pipelines.observations import Shown, check_episodes, read_shown
 from enerverse.pipelines.saving import SavedPipeline
 from enerverse.policy import PolicyInputs, read_features
 from enerverse.views import ray_map
@@ -64,7 +66,7 @@ class EnerVersePolicy(SavedPipeline):
             world=world,
             shared=tuple(shared),
         )
-        slots = unet.config.memory if unet is not None else 2
+        slots = unet.config.memory if unet is not None else max(2, recent)
         options = {"recent": recent} if memory_policy == "sparse_uniform" else {}
         self._memory = make_memory(memory_policy, slots=slots, **options)
         self.reset()
@@ -76,118 +78,142 @@ class EnerVersePolicy(SavedPipeline):
             return
         self._running: dict[Hashable, _Running] = {}
 
-    def _start(self, key: Hashable) -> _Running:
-        """A new episode; its noise depends on the seed and the key, not on which episodes run beside it."""
+    def _find(self, key: Hashable) -> _Running:
+        """A copy of what is held for an episode, so that a refused call leaves the original as it was.
+
+        The noise of a new episode depends on the seed and the key, not on which episodes run beside it.
+        """
+        if key in self._running:
+            item = self._running[key]
+            return replace(item, generator=item.generator.clone_state(), waiting=list(item.waiting))
         seed = zlib.crc32(f"{self.config.seed} {key!r}".encode())
         return _Running(torch.Generator().manual_seed(seed))
 
     def select_action(
-        self, observation: dict[str, Any], info: dict[str, Any], key: Hashable = 0
+        self,
+        observation: dict[str, Any],
+        info: dict[str, Any],
+        key: Hashable = 0,
+        *,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
     ) -> np.ndarray:
-        """The next action [A] of one episode."""
-        return self.select_actions([observation], [info], [key])[0]
+        """The next action [A] of one episode; see `select_actions`."""
+        options: Any = {"generator": generator, "num_inference_steps": num_inference_steps}
+        return self.select_actions([observation], [info], [key], **options)[0]
 
     def select_actions(
         self,
         observations: Sequence[dict[str, Any]],
         infos: Sequence[dict[str, Any]],
         keys: Sequence[Hashable],
+        *,
+        generator: Generators = None,
+        num_inference_steps: int | None = None,
     ) -> list[np.ndarray]:
-        """The next action [A] of every episode; the network runs once for all that have none left."""
-        self._look(observations, keys)
-        empty = [i for i, key in enumerate(keys) if not self._running[key].waiting]
+        """The next action [A] of every episode; the network runs once for all that have none left.
+
+        Every frame shown counts once, whether or not it is decided on. generator: one, or a list of one per key, in
+        place of the episodes' own noise; num_inference_steps: default what the policy was trained with. Raises
+        ValueError, in one sentence, for bad input, of which nothing is remembered.
+        """
+        _check_options(generator, num_inference_steps, len(keys))
+        shown = self._read(observations, infos, keys)
+        after = self._look(shown, [self._find(key) for key in keys])
+        empty = [i for i, item in enumerate(after) if not item.waiting]
         if empty:
-            chunks = self._predict(
-                [observations[i] for i in empty], [infos[i] for i in empty], [keys[i] for i in empty]
-            )
-            for i, chunk in zip(empty, chunks.numpy(), strict=True):
-                self._running[keys[i]].waiting = list(chunk[: self.head.settings.execute])
-        return [self._running[key].waiting.pop(0) for key in keys]
+            given = [generator[i] for i in empty] if isinstance(generator, list) else generator
+            chosen = [shown[i] for i in empty], [after[i] for i in empty]
+            chunks = self._predict(*chosen, given, num_inference_steps)
+            for i, chunk in zip(empty, chunks, strict=True):
+                after[i].waiting = list(chunk[: self.head.settings.execute])
+        self._running.update(zip(keys, after, strict=True))
+        return [item.waiting.pop(0) for item in after]
 
     def predict_action_chunk(
-        self, observation: dict[str, Any], info: dict[str, Any], key: Hashable = 0
+        self,
+        observation: dict[str, Any],
+        info: dict[str, Any],
+        key: Hashable = 0,
+        *,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
     ) -> np.ndarray:
-        """A whole chunk of actions [M, A] for one episode, without carrying any of it out."""
-        self._look([observation], [key])
-        return self._predict([observation], [info], [key])[0].numpy()
+        """The chunk of actions [M, A] that one episode would decide on now.
+
+        It reads what `select_action` has remembered of the episode and changes nothing of it: the frame is not
+        counted and no noise is used up, so asking twice gives the same chunk, and `select_action` goes on as if
+        nobody had asked. Options and errors as there.
+        """
+        _check_options(generator, num_inference_steps, 1)
+        shown = self._read([observation], [info], [key])
+        after = self._look(shown, [self._find(key)])
+        return self._predict(shown, after, generator, num_inference_steps)[0]
+
+    def _read(
+        self, observations: Sequence[Any], infos: Sequence[Any], keys: Sequence[Hashable]
+    ) -> list[Shown]:
+        check_episodes(observations, infos, keys)
+        settings = (self.head.settings, tuple(self.config.views), self.config.image_size)
+        return [read_shown(*pair, *settings) for pair in zip(observations, infos, strict=True)]
 
     @torch.no_grad()
-    def _look(self, observations: Sequence[dict[str, Any]], keys: Sequence[Hashable]) -> None:
-        """Encode what is seen and remember it."""
-        config, views = self.head.settings, tuple(self.config.views)
-        for observation in observations:
-            _read_state(observation, config.state_dim)
-        if not (config.latents or config.pixels or config.world):
-            for key in keys:
-                self._running.setdefault(key, self._start(key))
-            return
-        stacked = np.stack([[self._view(obs, view) for view in views] for obs in observations])[:, None]
-        frames = read_images(stacked, views, self.config.image_size).to(self.device)
+    def _look(self, shown: list[Shown], before: list[_Running]) -> list[_Running]:
+        """The episodes after they have seen what is shown; the encoder runs once for all."""
+        pictures = [item.pictures for item in shown if item.pictures is not None]
+        if not pictures:
+            return before
+        config, frames = self.head.settings, torch.cat(pictures).to(self.device)
         encoded = self.autoencoder.encode(frames).float() if config.latents or config.world else None
-        for row, key in enumerate(keys):
-            item = self._running.setdefault(key, self._start(key))
+        for row, item in enumerate(before):
             item.pictures = _last_two(item.pictures, frames[row : row + 1])
             if encoded is not None:
                 seen = encoded[row : row + 1]
                 item.latents = _last_two(item.latents, seen)
                 item.memory = self._remember(item.memory, seen.transpose(1, 2))
+        return before
 
     def _remember(self, memory: MemoryState | None, seen: Tensor) -> MemoryState:
         if memory is None:
             return start_memory(self._memory, seen)
         return push_chunk(self._memory, memory, seen)
 
-    def _view(self, observation: dict[str, Any], view: str) -> np.ndarray:
-        images = observation.get("images", {})
-        if view not in images:
-            raise ValueError(
-                f"observation: expected an image of the view {view!r}, got {tuple(images)}; add that camera"
-            )
-        return images[view]
-
-    def _predict(
-        self,
-        observations: Sequence[dict[str, Any]],
-        infos: Sequence[dict[str, Any]],
-        keys: Sequence[Hashable],
-    ) -> Tensor:
-        inputs = self._inputs(observations, infos, keys)
-        return self.head.sample(inputs, [self._running[key].generator for key in keys]).cpu()
-
     @torch.no_grad()
-    def _inputs(
-        self,
-        observations: Sequence[dict[str, Any]],
-        infos: Sequence[dict[str, Any]],
-        keys: Sequence[Hashable],
-    ) -> PolicyInputs:
-        config = self.head.settings
-        running = [self._running[key] for key in keys]
-        texts = tuple(_read_task(info) for info in infos)
-        privileged = None
-        if config.privileged:
-            privileged = torch.stack([torch.as_tensor(info["privileged"]).float() for info in infos])
-        return PolicyInputs(
-            state=torch.stack([_read_state(obs, config.state_dim) for obs in observations]),
+    def _predict(
+        self, shown: list[Shown], running: list[_Running], generator: Generators, steps: int | None
+    ) -> np.ndarray:
+        """Chunks of actions [N, M, A], drawn with the episodes' own noise where no generator is given."""
+        config, texts = self.head.settings, tuple(item.task for item in shown)
+        inputs = PolicyInputs(
+            state=torch.stack([item.state for item in shown]),
             texts=texts,
             latents=_join([item.latents for item in running]) if config.latents else None,
-            world=self._world(running, infos, texts) if config.world else None,
+            world=self._world(shown, running, texts) if config.world else None,
             pixels=_join([item.pictures for item in running]) if config.pixels else None,
-            privileged=privileged,
+            privileged=_join([item.privileged for item in shown]) if config.privileged else None,
         ).to(self.device)
+        noise = [item.generator for item in running] if generator is None else generator
+        return self.head.sample(inputs, noise, steps).cpu().numpy()
 
-    def _world(
-        self, running: list[_Running], infos: Sequence[dict[str, Any]], texts: tuple[str, ...]
-    ) -> Tensor:
+    def _world(self, shown: list[Shown], running: list[_Running], texts: tuple[str, ...]) -> Tensor:
+        """World-model features of the remembered frames."""
         contexts = [read_context(self._memory, item.memory) for item in running if item.memory is not None]
         memory = torch.cat([frames for frames, _ in contexts])
         offsets = torch.stack([offset for _, offset in contexts])
-        views, size = tuple(self.config.views), self.config.image_size
-        cameras = [_read_info_cameras(info, views, size) for info in infos]
+        size = self.config.image_size
+        cameras = [item.cameras for item in shown if item.cameras is not None]
         intrinsics, poses = (torch.cat(part).to(self.device) for part in zip(*cameras, strict=True))
         rays = ray_map(intrinsics, poses, (size, size), (memory.shape[-2], memory.shape[-1]))
         text = self.text_encoder(list(texts))
         return read_features(self.unet, memory, offsets, rays, text, self.head.settings.frames)
+
+
+def _check_options(generator: Any, steps: Any, count: int) -> None:
+    check_generator(generator)
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"generator: expected one per key ({count}), got {len(generator)}; give one each")
+    if steps is not None:
+        check_counts(num_inference_steps=steps)
 
 
 def _last_two(before: Tensor | None, now: Tensor) -> Tensor:
@@ -197,30 +223,3 @@ def _last_two(before: Tensor | None, now: Tensor) -> Tensor:
 
 def _join(parts: list[Tensor | None]) -> Tensor:
     return torch.cat([part for part in parts if part is not None])
-
-
-def _read_task(info: dict[str, Any]) -> str:
-    if "task" not in info:
-        raise ValueError(f"info['task']: expected the instruction, got the keys {tuple(info)}")
-    return str(info["task"])
-
-
-def _read_state(observation: dict[str, Any], width: int) -> Tensor:
-    if "state" not in observation:
-        raise ValueError(f"observation['state']: expected [{width}], got the keys {tuple(observation)}")
-    state = torch.as_tensor(np.asarray(observation["state"])).float()
-    if state.shape != (width,):
-        raise ValueError(f"observation['state']: expected [{width}], got {list(state.shape)}")
-    if not torch.isfinite(state).all():
-        raise ValueError(
-            "observation['state']: expected finite values, got NaN or infinity; check the sensors"
-        )
-    return state
-
-
-def _read_info_cameras(info: dict[str, Any], views: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
-    if "cameras" not in info or any(view not in info["cameras"] for view in views):
-        raise ValueError(f"info['cameras']: expected the views {views}, got {tuple(info.get('cameras', ()))}")
-    chosen = [info["cameras"][view] for view in views]
-    pair = (np.stack([c["intrinsics"] for c in chosen]), np.stack([c["camera_to_world"] for c in chosen]))
-    return read_cameras(pair, views, size, 1)

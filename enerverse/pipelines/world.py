@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from enerverse.data.clips import ClipConfig
+from enerverse.data.clips import ClipConfig, gripper_start
 from enerverse.diffusion import Generators, denoise, draw_noise, make_objective
 from enerverse.memory import MemoryPolicy, MemoryState, make_memory, push_chunk, read_context, start_memory
 from enerverse.model import Conditions
-from enerverse.pipelines.inputs import Observation, check_counts, read_observation
+from enerverse.pipelines.inputs import Observation, check_options, read_observation
 from enerverse.pipelines.saving import SavedPipeline
 from enerverse.views import commanded_path, path_map, ray_map
 
@@ -25,7 +25,7 @@ class Imagination:
 
     frames [B, T, V, 3, P, P] in [0, 1] (or uint8 arrays [B, T, V, P, P, 3], or latents [B, V, T, C, h, w]);
     ended [B]: number of frames before the end-of-task frame, -1 where the task was not seen to end; memory:
-    state to go on from with `imagine_chunk`.
+    what was seen up to the last frame returned, to go on from with `imagine_chunk`.
     """
 
     frames: Any
@@ -114,34 +114,25 @@ class EnerVersePipeline(SavedPipeline):
     ) -> Imagination:
         """Imagine `num_frames` frames after the observed ones, chunk by chunk.
 
-        images: observed frames [B, n, V, 3, P, P] float in [0, 1] or uint8 [B, n, V, P, P, 3] (B may be left
-        out), or their latents [B, n, V, C, h, w]; cameras: `dataengine.cameras.Cameras` or a pair of
-        intrinsics [V, 3, 3] and camera_to_world [V, 4, 4]; actions [B, num_frames, A] in [-1, 1] with
-        proprioception `state` [B, S] at the last observed frame turn imagination into simulation; generator:
-        one, or a list of one per episode. Raises ValueError, in one sentence, for wrong shapes, values or
-        names.
-        """
-        if output_type not in ("pt", "np", "latent"):
-            raise ValueError(f"output_type: expected 'pt', 'np' or 'latent', got {output_type!r}")
-        check_counts(num_frames=num_frames, num_inference_steps=num_inference_steps)
-        policy = self.make_memory(memory)
+        images: observed frames [B, n, V, 3, P, P] in [0, 1], uint8 [B, n, V, P, P, 3] (B may be left out) or latents
+        [B, n, V, C, h, w]; cameras: `info["cameras"]`, `dataengine.cameras.Cameras` or a pair of intrinsics [V, 3, 3]
+        and camera_to_world [V, 4, 4]; actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the
+        last observed frame turn imagination into simulation; generator: one, or a list of one per episode. Raises
+        ValueError, in one sentence, for wrong shapes, values or names."""
+        check_options(output_type, num_frames, num_inference_steps, guidance_scale, generator)
+        policy, size = self.make_memory(memory), self.unet.config.chunk
         seen = read_observation(self, images, instruction, cameras, actions, state, num_frames)
-        past = start_memory(policy, seen.latents)
-        chunks, ended = [], torch.full((len(seen.texts),), -1)
-        starts = range(0, num_frames, self.unet.config.chunk)
-        for start in self.progress_bar(list(starts)):
+        past, chunks, ended = start_memory(policy, seen.latents), [], torch.full((len(seen.texts),), -1)
+        for start in self.progress_bar(range(0, num_frames, size)):
             chunk, past = self.imagine_chunk(
-                past, policy, seen.rays, seen.text, seen.plan(start, self.unet.config.chunk),
-                num_inference_steps,
-                guidance_scale, generator, callback_on_step_end,
+                past, policy, seen.rays, seen.text, seen.plan(start, size), num_inference_steps, guidance_scale,
+                generator, callback_on_step_end, num_frames - start,
             )  # fmt: skip
             ended = torch.where(ended < 0, self.find_end(chunk, start), ended)
             chunks.append(chunk)
             if stop_at_end and bool((ended >= 0).all()):
                 break
-        latents = torch.cat(chunks, 2)[:, :, :num_frames]
-        ended = torch.where(ended < num_frames, ended, -1)  # the last chunk may reach past what was asked for
-        return Imagination(self.read_out(latents, output_type), ended, past)
+        return Imagination(self.read_out(torch.cat(chunks, 2), output_type), ended, past)
 
     @torch.no_grad()
     def imagine_chunk(
@@ -155,9 +146,10 @@ class EnerVersePipeline(SavedPipeline):
         guidance: float = 1.0,
         generator: Generators = None,
         on_step: Callable[..., dict[str, Tensor]] | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """One chunk of M frames [B, V, M, C, h, w] and the memory that has seen it. Cost does not depend on
-        the past."""
+        """One chunk of M frames [B, V, M, C, h, w], or its first `keep` where those are fewer, and the memory that has
+        seen them. Cost does not depend on the past."""
         context, offsets = read_context(policy, past)
         actions, path = plan if plan is not None else (None, None)
         told = Conditions(context, offsets[None], rays, text, actions, path)
@@ -179,7 +171,7 @@ class EnerVersePipeline(SavedPipeline):
 
         clean = denoise(predict, noise, make_objective(self.config.objective), self.scheduler, steps, report)
         reference = context[:, :, -1:] if self.config.residual else 0.0
-        chunk = clean * self.config.residual_scale + reference
+        chunk = (clean * self.config.residual_scale + reference)[:, :, :keep]
         return chunk, push_chunk(policy, past, chunk)
 
     @torch.no_grad()
@@ -195,6 +187,7 @@ class EnerVersePipeline(SavedPipeline):
         generator: Generators = None,
     ) -> Iterator[Tensor]:
         """Chunks of frames [B, M, V, 3, P, P], without end and in constant memory."""
+        check_options("pt", 1, num_inference_steps, guidance_scale, generator)
         policy = self.make_memory(memory)
         seen = read_observation(self, images, instruction, cameras, None, None, 0)
         past = start_memory(policy, seen.latents)
@@ -225,8 +218,7 @@ class EnerVersePipeline(SavedPipeline):
         """Actions [B, T, A] and the path maps [B, V, T, 4, h, w] that they trace from proprioception
         `state`."""
         scale = torch.tensor(self.config.action_scale, device=actions.device)
-        start = state[:, :3] + state[:, self.config.command : self.config.command + 3]
-        path = commanded_path(start, actions, scale)
+        path = commanded_path(gripper_start(state, self.clip_config), actions, scale)
         size = (self.config.image_size, self.config.image_size)
         return actions, path_map(
             path, actions[..., -1], seen.intrinsics, seen.camera_to_world, size, seen.grid

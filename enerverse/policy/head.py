@@ -137,8 +137,9 @@ class ActionHead(Component):
         return loss, logs
 
     @torch.no_grad()
-    def sample(self, inputs: PolicyInputs, generator: Generators = None) -> Tensor:
-        """Action chunks [B, M, A], clipped to [-1, 1]; `generator` is one, or one per decision."""
+    def sample(self, inputs: PolicyInputs, generator: Generators = None, steps: int | None = None) -> Tensor:
+        """Action chunks [B, M, A], clipped to [-1, 1]; `generator` is one, or one per decision; `steps` of denoising,
+        default those of the settings."""
         context, _ = self._context(inputs)
         shape = (len(inputs.texts), self.settings.chunk, self.settings.action_dim)
         noise = draw_noise(shape, generator).to(context)
@@ -146,5 +147,6 @@ class ActionHead(Component):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             return self.predict(noisy[:, None], time[:, None], context)[:, 0]
 
-        clean = denoise(predict, noise, self.objective, self.objective.scheduler(), self.settings.steps)
+        steps = self.settings.steps if steps is None else steps
+        clean = denoise(predict, noise, self.objective, self.objective.scheduler(), steps)
         return (clean * self.action_std + self.action_mean).clamp(-1, 1)

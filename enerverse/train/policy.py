@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from enerverse.config import to_json
 from enerverse.data import ClipConfig, LatentEpisodes
+from enerverse.data.actions import actions_ahead
 from enerverse.files import fingerprint, load_tensors, prepare_run, save_tensors
 from enerverse.memory import make_memory
 from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
@@ -108,11 +109,7 @@ class PolicyTask:
     def actions_at(self, rows: Tensor, episode: Tensor) -> Tensor:
         """Labels [B, M, A] from `rows` on; past the end the arm rests and the gripper keeps its command."""
         ahead = rows[:, None] + torch.arange(self.module.settings.chunk)
-        last = (self.episodes.starts[episode + 1] - 2)[:, None]
-        labels = self.episodes.label[torch.minimum(ahead, last)]
-        resting = (ahead > last)[..., None].expand_as(labels).clone()
-        resting[..., -1] = False
-        return labels.masked_fill(resting, 0.0)
+        return actions_ahead(self.episodes.label, ahead, self.episodes.starts[episode + 1])
 
     def inputs_at(self, index: Tensor) -> PolicyInputs:
         """Inputs of the decision points `index`."""
@@ -156,9 +153,15 @@ def train_policy(
     feature_cache: Path | None = None,
     device: str | None = None,
 ) -> EnerVersePolicy:
-    """Train an action head in `run` and save the whole policy in `run/policy`."""
-    config = config or preset.policy
-    prepare_run(run, to_json(preset))
+    """Train an action head in `run` and save the whole policy in `run/policy`.
+
+    config: default the preset's; the widths of state and actions are those of the data. Raises ValueError when the
+    folder belongs to another config.
+    """
+    config = replace(
+        config or preset.policy, action_dim=episodes.label.shape[1], state_dim=episodes.state.shape[1]
+    )
+    prepare_run(run, to_json(replace(preset, policy=config)))
     torch.manual_seed(preset.train_policy.seed)
     windows = cut_windows(episodes)
     features = None

@@ -216,6 +216,22 @@ def test_recent_frames_must_fit_the_memory(recent):
         ClipConfig(recent=recent)
 
 
+@pytest.mark.parametrize(
+    ("part", "width", "sentence"),
+    [
+        (
+            "state",
+            9,
+            r"a state of at least 11 numbers, .* from entry 8 on, got 9; add it or set ClipConfig\.command",
+        ),
+        ("action", 3, "actions of at least 4 numbers, translation first and the gripper last, got 3"),
+    ],
+)
+def test_data_too_narrow_for_the_path_are_refused(make_episodes, part, width, sentence):
+    with pytest.raises(ValueError, match=f"dataset: expected {sentence}"):
+        ClipSampler(make_episodes(**{part: torch.zeros(50, width)}), ClipConfig())
+
+
 def test_shares_must_sum_to_one():
     with pytest.raises(ValueError, match="mix: expected four shares that sum to 1"):
         ClipConfig(mix=(0.5, 0.5, 0.5, 0.5))

@@ -146,6 +146,14 @@ def test_pushing_leaves_the_state_before_as_it_was():
     assert (held(before), before.times, before.now) == ([0, 1, 2], (0, 1, 2), 2)
 
 
+@pytest.mark.parametrize(("slots", "recent"), [(2, 3), (4, 0), (1, 2)])
+def test_recent_frames_must_fit_the_slots(slots, recent):
+    with pytest.raises(
+        ValueError, match=rf"recent: expected 1 to {slots} \(the memory slots\), got {recent}; choose"
+    ):
+        make_memory("sparse_uniform", slots=slots, recent=recent)
+
+
 def test_an_unknown_policy_names_the_closest_one():
     with pytest.raises(
         ValueError, match="unknown memory policy 'sparse_uniforn': did you mean 'sparse_uniform'"

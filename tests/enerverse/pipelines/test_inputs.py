@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dataengine.cameras import Cameras
+from enerverse.pipelines.inputs import read_images
 
 
 @pytest.fixture
@@ -94,7 +95,10 @@ def test_a_pose_that_is_not_rigid(refused, cameras, place, value):
     )
 
 
-@pytest.mark.parametrize(("place", "value"), [((0, 1, 1), 0.0), ((0, 0, 0), -5.0), ((0, 0, 2), np.nan)])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [((0, 1, 1), 0.0), ((0, 0, 0), -5.0), ((0, 0, 2), np.nan), ((0, 2, 2), 0.0), ((0, 1, 0), 3.0)],
+)
 def test_intrinsics_that_project_nothing(refused, cameras, place, value):
     refused(
         "cameras: expected finite intrinsics with positive focal lengths in pixels for 'front'",
@@ -152,3 +156,86 @@ def test_counts_below_one(refused, name):
 
 def test_a_list_of_generators_of_another_length(refused):
     refused(r"generator: expected one per episode \(2\), got 1", generator=[torch.Generator()])
+
+
+def test_a_state_without_actions(refused):
+    refused(r"actions: expected \[B, T, A\] beside state, got None; pass the actions or leave", state=BODY)
+
+
+@pytest.mark.parametrize("name", ["num_frames", "num_inference_steps"])
+@pytest.mark.parametrize("value", [8.0, "8", None, True])
+def test_counts_that_are_no_whole_numbers(refused, name, value):
+    refused(f"{name}: expected a whole number of at least 1, got {value!r}; give an int", **{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "1"])
+def test_a_guidance_scale_that_guides_nowhere(refused, value):
+    refused(
+        f"guidance_scale: expected a finite number of at least 0, got {value!r}; 1 turns",
+        guidance_scale=value,
+    )
+
+
+@pytest.mark.parametrize("value", [7, [7, 7]])
+def test_a_seed_is_no_generator(refused, value):
+    refused(r"generator: expected a torch\.Generator, .* got 7; make one with torch", generator=value)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (3, "int"), (["lift", 3], "int")])
+def test_an_instruction_that_is_no_text(refused, value, kind):
+    refused(f"instruction: expected text, or a list of one per episode, got {kind}; say", instruction=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(None, "NoneType"), ("x.png", "str"), ([[1, 2], [3]], "list"), ({}, "dict")]
+)
+def test_images_that_are_no_array(refused, value, kind):
+    refused(rf"images: expected \[B, n, 2, 3, 16, 16\], got {kind}; pass numbers", images=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(None, "NoneType"), (np.eye(3), "ndarray"), ((1, 2, 3), "3 parts"), ("front", "str")]
+)
+def test_cameras_in_no_known_form(refused, value, got):
+    refused(
+        rf"cameras: expected info\['cameras'\], .*camera_to_world, got {got}; environments", cameras=value
+    )
+
+
+def test_a_pair_of_cameras_without_numbers(refused, cameras):
+    refused(r"cameras: expected info\['cameras'\], .* got NoneType; pass numbers", cameras=(None, cameras[1]))
+
+
+def named(cameras) -> dict[str, dict[str, np.ndarray]]:
+    """The same cameras as an environment's info holds them."""
+    keys = ("intrinsics", "camera_to_world")
+    return {
+        view: {key: cameras[i][row] for i, key in enumerate(keys)}
+        for row, view in enumerate(("front", "top"))
+    }
+
+
+def test_a_missing_view_of_named_cameras(refused, cameras):
+    given = {"front": named(cameras)["front"]}
+    refused(
+        r"cameras: expected the views \('front', 'top'\), got \('front',\) without 'top'; add", cameras=given
+    )
+
+
+def test_a_missing_matrix_of_named_cameras(refused, cameras):
+    given = named(cameras) | {"top": {"intrinsics": cameras[0][1]}}
+    refused(
+        r"cameras\['top'\]: expected 'intrinsics' and 'camera_to_world', missing 'camera_to_world'",
+        cameras=given,
+    )
+
+
+def test_named_cameras_of_different_moments(refused, cameras):
+    given = named(cameras)
+    given["top"]["camera_to_world"] = np.stack([np.eye(4)] * 3)
+    refused("cameras: expected one camera_to_world matrix per view, got the shapes", cameras=given)
+
+
+def test_arrays_that_run_backwards_are_taken(pictures):
+    taken = read_images(pictures.numpy()[:, ::-1], ("front", "top"), 16)
+    assert torch.equal(taken, pictures.flip(1))

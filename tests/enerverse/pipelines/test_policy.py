@@ -173,3 +173,124 @@ def test_a_missing_instruction_is_named(make_policy, watch):
     del info["task"]
     with pytest.raises(ValueError, match=r"info\['task'\]: expected the instruction, got the keys"):
         make_policy().select_action(observation, info)
+
+
+def test_predicting_a_chunk_changes_nothing(make_policy, watch, play):
+    policy = make_policy(execute=3)
+    expected = play(policy, 7)
+    policy.reset()
+    for t in range(7):
+        first, second = (policy.predict_action_chunk(*watch(t)) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+        action = policy.select_action(*watch(t))
+        np.testing.assert_array_equal(action, expected[t])
+        if t % 3 == 0:
+            np.testing.assert_array_equal(action, first[0])
+    assert policy._running[0].memory.now == 6
+
+
+@pytest.mark.parametrize("missing", ["cameras", "task"])
+def test_a_refused_call_is_not_remembered(make_policy, watch, play, missing):
+    policy = make_policy(execute=2)
+    expected = play(policy, 4)
+    policy.reset()
+    for t in range(4):
+        observation, info = watch(t)
+        with pytest.raises(ValueError, match=rf"info\['{missing}'\]: expected .*; "):
+            policy.select_action(observation, {name: info[name] for name in info if name != missing})
+        np.testing.assert_array_equal(policy.select_action(observation, info), expected[t])
+
+
+def test_a_failure_in_the_network_is_not_remembered(make_policy, watch, play):
+    policy = make_policy()
+    expected = play(policy, 2)
+    policy.reset()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = policy.unet.inputs.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        policy.select_action(*watch(0))
+    hook.remove()
+    np.testing.assert_array_equal(play(policy, 2), expected)
+
+
+def test_a_generator_takes_the_place_of_the_noise_of_the_episode(make_policy, watch):
+    policy = make_policy(world=None)
+    chunks = [
+        policy.predict_action_chunk(*watch(0), key, generator=torch.Generator().manual_seed(seed))
+        for key, seed in (("a", 3), ("b", 3), ("a", 4))
+    ]
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+    assert not np.allclose(chunks[0], chunks[2])
+    action = policy.select_action(*watch(0), "c", generator=torch.Generator().manual_seed(3))
+    np.testing.assert_array_equal(action, chunks[0][0])
+
+
+def test_the_number_of_steps_is_a_choice(make_policy, watch):
+    policy, times = make_policy(world=None), []
+    policy.head.time.register_forward_pre_hook(lambda module, inputs: times.append(1))
+    policy.predict_action_chunk(*watch(0), num_inference_steps=5)
+    assert len(times) == 5
+    policy.select_action(*watch(0))
+    assert len(times) == 5 + 2
+    with pytest.raises(
+        ValueError, match="num_inference_steps: expected a whole number of at least 1, got 2.0"
+    ):
+        policy.predict_action_chunk(*watch(0), num_inference_steps=2.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "keys", "sentence"),
+    [
+        (2, ["a"], r"observations: expected one per key \(1\), got 2; give one each"),
+        (2, ["a", "b", "c"], r"observations: expected one per key \(3\), got 2; give one each"),
+        (2, ["a", "a"], "keys: expected every key once, got 'a' twice; give each environment its own"),
+        (0, [], "keys: expected at least one episode, got none; give one key per environment"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(make_policy, watch, count, keys, sentence):
+    pairs = [watch(0, row) for row in range(count)]
+    with pytest.raises(ValueError, match=sentence):
+        make_policy(world=None).select_actions([pair[0] for pair in pairs], [pair[1] for pair in pairs], keys)
+
+
+def test_a_list_of_infos_of_another_length_is_refused(make_policy, watch):
+    observation, info = watch(0)
+    with pytest.raises(ValueError, match=r"infos: expected one per key \(2\), got 1; give one each"):
+        make_policy(world=None).select_actions([observation] * 2, [info], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("generator", "sentence"),
+    [
+        (7, r"generator: expected a torch\.Generator, .* got 7; make one with"),
+        ([torch.Generator()] * 2, r"generator: expected one per key \(1\), got 2; give one each"),
+    ],
+)
+def test_a_generator_that_is_none_is_refused(make_policy, watch, generator, sentence):
+    observation, info = watch(0)
+    with pytest.raises(ValueError, match=sentence):
+        make_policy(world=None).select_actions([observation], [info], ["a"], generator=generator)
+
+
+def test_views_of_different_size_are_refused(make_policy, watch):
+    observation, info = watch(0)
+    observation["images"]["top"] = observation["images"]["top"][:8]
+    sentence = r"observation\['images'\]: expected views of one size, got .*\(8, 16, 3\).* image_size=16"
+    with pytest.raises(ValueError, match=sentence):
+        make_policy(world=None).select_action(observation, info)
+
+
+def test_what_is_no_observation_is_refused(make_policy, watch):
+    observation, info = watch(0)
+    with pytest.raises(ValueError, match="observation: expected a mapping, got ndarray; pass what env.reset"):
+        make_policy(world=None).select_action(observation["state"], info)
+
+
+def test_a_bad_pose_is_refused_as_part_of_the_info(make_policy, watch):
+    observation, info = watch(0)
+    info["cameras"] = info["cameras"] | {"top": info["cameras"]["top"] | {"camera_to_world": np.ones((4, 4))}}
+    with pytest.raises(ValueError, match=r"info\['cameras'\]: expected a rigid camera_to_world .*'top'"):
+        make_policy().select_action(observation, info)

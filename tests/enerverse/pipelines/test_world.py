@@ -157,6 +157,22 @@ def test_a_number_of_frames_that_is_no_multiple_of_the_chunk(imagine):
     assert torch.equal(short, whole[:, :11])
 
 
+@pytest.mark.parametrize("count", [3, 8, 12])
+def test_the_memory_has_seen_just_the_frames_returned(imagine, count):
+    result = imagine(num_frames=count, output_type="latent")
+    assert result.frames.shape[2] == count
+    assert result.memory.now == 5 + count - 1
+    assert torch.equal(result.memory.frames[:, :, -1], result.frames[:, :, -1])
+
+
+def test_a_continued_rollout_has_no_gap_in_time(pipe, imagine):
+    first, policy = imagine(num_frames=12, output_type="latent"), pipe.make_memory()
+    text = pipe.text_encoder(["lift the cube"])
+    chunk, memory = pipe.imagine_chunk(first.memory, policy, torch.zeros(1, 2, 6, 4, 4), text)
+    assert chunk.shape[2] == 8
+    assert memory.times == tuple(range(5 + 12 + 8))
+
+
 def test_the_stream_goes_on_like_the_call(pipe, pictures, cameras, imagine):
     stream = pipe.stream(pictures[0], "lift the cube", cameras, generator=seeded())
     chunks = torch.cat(list(islice(stream, 3)), 1)
@@ -208,6 +224,18 @@ def test_cameras_of_a_dataset_equal_their_matrices_and_are_scaled(imagine, pipe,
     record = Cameras(names, intrinsics[::-1], cameras[1][::-1], 32, 32)
     frames = pipe(pictures[0], "lift the cube", record, generator=seeded()).frames
     torch.testing.assert_close(frames, imagine().frames)
+
+
+@pytest.mark.parametrize(
+    "make", [dict, lambda named: dict(reversed(named.items()))], ids=["ordered", "reversed"]
+)
+def test_cameras_of_an_info_equal_their_matrices(imagine, pipe, pictures, cameras, make):
+    named = {
+        view: {"intrinsics": cameras[0][row], "camera_to_world": cameras[1][row], "size": (16, 16)}
+        for row, view in enumerate(("front", "top"))
+    }
+    frames = pipe(pictures[0], "lift the cube", make(named), generator=seeded()).frames
+    assert torch.equal(frames, imagine().frames)
 
 
 @pytest.fixture
