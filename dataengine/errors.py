@@ -36,15 +36,19 @@ class DatasetWriteError(OSError):
 
 def damaged(path: Path, episode: int, frame: int, reason: object) -> DatasetError:
     """The error for a file of one episode that cannot be read from some frame on."""
-    text = " ".join(str(reason).split())
     return DatasetError(
-        f"{path}: cannot read episode {episode} from frame {frame} on ({text}); restore this file from a "
-        "copy "
-        f"or leave episode {episode} out, the others are readable",
+        f"{path}: cannot read episode {episode} from frame {frame} on ({in_words(reason)}); restore this file "
+        "from a copy or record the dataset again, the other episodes can still be read one by one",
         path=path,
         episode=episode,
         frame=frame,
     )
+
+
+def in_words(reason: object) -> str:
+    """What went wrong on one line: of an error of the system or of a codec its words alone, without numbers, paths
+    and names of C functions."""
+    return " ".join(str(getattr(reason, "strerror", None) or reason).split())
 
 
 def closest(name: str, known: Iterable[str]) -> str:

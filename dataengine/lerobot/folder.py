@@ -14,6 +14,7 @@ from dataengine.lerobot.frames import EpisodeRows
 from dataengine.lerobot.layout import DatasetSpec
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.stats import aggregate, read_stored_stats
+from dataengine.lerobot.video import DepthCodec
 
 
 class DatasetFolder:
@@ -24,14 +25,16 @@ class DatasetFolder:
         spec: features of every frame.
         cameras_decided: False lets an existing dataset, or else the first frame, say whether there are camera
             poses.
+        depth_decided: False lets an existing dataset say how depth is coded.
 
     Raises:
         ValueError, DatasetError, OSError: as :class:`dataengine.episodes.EpisodeWriter` says; the lock is
             released then.
     """
 
-    def __init__(self, root: Path, spec: DatasetSpec, *, cameras_decided: bool):
-        self.root, self.spec, self.cameras_decided = root, spec, cameras_decided
+    def __init__(self, root: Path, spec: DatasetSpec, *, cameras_decided: bool, depth_decided: bool = True):
+        self.root, self.spec = root, spec
+        self.cameras_decided, self.depth_decided = cameras_decided, depth_decided
         self.episodes: list[EpisodeMeta] = []
         self.tasks: list[str] = []
         root.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,21 @@ class DatasetFolder:
                 f"fps: expected {info['fps']} as in the dataset in {self.root}, got {self.spec.fps}; use a "
                 "new root"
             )
+        if self.spec.depth:
+            self._join_depth(DepthCodec.from_info(info["features"][layout.DEPTH + self.spec.views[0]]))
         self.tasks = metadata.read_tasks(self.root)
+
+    def _join_depth(self, stored: DepthCodec | None) -> None:
+        """Go on with the codes of the dataset: it has one range, and frames coded otherwise would be misread."""
+        if stored is None or stored == self.spec.depth_codec:
+            return
+        if self.depth_decided:
+            wanted = self.spec.depth_codec
+            raise ValueError(
+                f"depth_range: expected ({stored.near}, {stored.far}) as in the dataset in {self.root}, got "
+                f"({wanted.near}, {wanted.far}); leave it out or use a new root"
+            )
+        self.spec = replace(self.spec, depth_codec=stored)
 
     def _remove_orphans(self) -> None:
         """Remove what a writer left that died between its first rename and its last: the next slot."""

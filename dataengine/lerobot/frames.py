@@ -43,7 +43,6 @@ def check_frame(
     extra: Mapping[str, Any],
     provenance: str | Mapping[str, str],
     timestamp: float | None,
-    last_timestamp: float | None,
 ) -> Frame:
     """Validate every argument of ``EpisodeWriter.add_frame``; raises ``ValueError`` with one sentence."""
     if not isinstance(task, str) or not task.strip():
@@ -62,7 +61,7 @@ def check_frame(
     row.update(_camera_columns(cameras, spec))
     row.update(_extra_columns(extra, spec))
     row.update(_provenance_columns(provenance, spec))
-    return Frame(pictures, row, task, _timestamp(timestamp, last_timestamp, index, spec.fps))
+    return Frame(pictures, row, task, _timestamp(timestamp, index, spec.fps))
 
 
 def _per_view(argument: str, values: Mapping[str, Any], spec: DatasetSpec) -> Mapping[str, Any]:
@@ -222,20 +221,15 @@ def _provenance_columns(provenance: str | Mapping[str, str], spec: DatasetSpec) 
     return {layout.PROVENANCE + view: layout.PROVENANCE_LEGEND.index(word) for view, word in words.items()}
 
 
-def _timestamp(value: float | None, last: float | None, index: int, fps: float) -> float:
-    grid = index / fps
+def _timestamp(value: float | None, index: int, fps: float) -> float:
+    """Seconds of a frame; the tolerance is LeRobot's, and narrower where frames lie closer, so that times rise."""
+    grid, tolerance = index / fps, min(1e-4, 0.25 / fps)
     if value is None:
         return grid
-    if not abs(value - grid) < 1 / fps:  # also catches NaN
+    if not abs(value - grid) <= tolerance:  # also catches NaN
         raise ValueError(
-            f"timestamp: expected within {1 / fps:.4g} s of frame {index} / {fps:g} fps = {grid:.4g} s, got "
-            f"{value}; "
-            "resample to a steady rate or leave it out"
-        )
-    if last is not None and value <= last:
-        raise ValueError(
-            f"timestamp: expected later than the frame before ({last:.6g} s), got {value:.6g} s; keep frames "
-            "in order"
+            f"timestamp: expected within {tolerance:.4g} s of frame {index} / {fps:g} fps = {grid:.4g} s, got "
+            f"{value}; resample to a steady rate or leave it out"
         )
     return float(value)
 
@@ -252,10 +246,6 @@ class EpisodeRows:
 
     def __len__(self) -> int:
         return len(self.frames)
-
-    @property
-    def last_timestamp(self) -> float | None:
-        return self.timestamps[-1] if self.timestamps else None
 
     @property
     def tasks(self) -> tuple[str, ...]:

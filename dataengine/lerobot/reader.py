@@ -160,7 +160,7 @@ class EpisodeDataset:
         if index not in self._episodes:
             reason = "; ".join(self._damaged) or f"{self.root}/meta/episodes has no row for it"
             raise DatasetError(
-                f"episode {index}: its metadata is missing or damaged ({reason})",
+                f"episode {index}: its metadata is missing or damaged ({reason}); restore it from a copy",
                 path=self.root,
                 episode=index,
             )
@@ -238,14 +238,14 @@ class EpisodeDataset:
         )
 
     def _depth_codec(self, key: str) -> DepthCodec:
-        info = self.features[key].get("info") or {}
-        value = {n: info.get(f"video.{n}", info.get(n)) for n in ("depth_min", "depth_max", "shift")}
-        if value["depth_min"] is None or value["depth_max"] is None:
+        codec = DepthCodec.from_info(self.features[key])
+        if codec is None:
             raise DatasetError(
-                f"{self.root / layout.INFO_PATH}: expected depth_min and depth_max for {key}, found none",
+                f"{self.root / layout.INFO_PATH}: expected depth_min and depth_max for {key}, found none; restore this "
+                "file from a copy",
                 path=self.root,
             )
-        return DepthCodec(near=value["depth_min"], far=value["depth_max"], shift=value["shift"] or 0.0)
+        return codec
 
     def _assemble(self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]) -> Episode:
         count = table.num_rows

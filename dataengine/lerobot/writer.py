@@ -7,7 +7,6 @@ all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataengine.cameras import Cameras
-from dataengine.errors import DatasetWriteError
+from dataengine.errors import DatasetWriteError, in_words
 from dataengine.lerobot import layout
 from dataengine.lerobot.folder import DatasetFolder
 from dataengine.lerobot.frames import EpisodeRows, check_frame
@@ -29,8 +28,7 @@ T = TypeVar("T")
 
 def refused(cause: OSError, path: Path, kept: str) -> DatasetWriteError:
     """The error for a write that the file system refuses."""
-    reason = os.strerror(cause.errno) if cause.errno else str(cause)
-    return DatasetWriteError(f"{path}: cannot write ({reason}); {kept}", errno=cause.errno)
+    return DatasetWriteError(f"{path}: cannot write ({in_words(cause)}); {kept}", errno=cause.errno)
 
 
 class EpisodeWriter:
@@ -47,7 +45,8 @@ class EpisodeWriter:
         extra: further float32 vectors, name -> length.
         robot_type: free text kept in ``info.json``.
         video: compression of the colour images; see :class:`VideoCodec`.
-        depth_range: (near, far) in metres for the depth codes.
+        depth_range: (near, far) in metres for the depth codes; None: those of the dataset in ``root``, (0.02, 10) in
+            a new one.
 
     Raises:
         ValueError: bad sizes or names; features that differ from the dataset in ``root`` (the feature is
@@ -75,7 +74,7 @@ class EpisodeWriter:
         extra: Mapping[str, int] | None = None,
         robot_type: str = "unknown",
         video: VideoCodec | None = None,
-        depth_range: tuple[float, float] = (0.05, 10.0),
+        depth_range: tuple[float, float] | None = None,
     ):
         self.root = Path(root)
         spec = DatasetSpec(
@@ -90,12 +89,14 @@ class EpisodeWriter:
             extra=dict(extra or {}),
             robot_type=robot_type,
             video=video or VideoCodec(),
-            depth_codec=DepthCodec(near=depth_range[0], far=depth_range[1]),
+            depth_codec=DepthCodec(near=depth_range[0], far=depth_range[1]) if depth_range else DepthCodec(),
         )
         self._rows: EpisodeRows | None = None
         self._encoders: dict[str, VideoEncoder] = {}
         try:
-            self._folder = DatasetFolder(self.root, spec, cameras_decided=cameras is not None)
+            self._folder = DatasetFolder(
+                self.root, spec, cameras_decided=cameras is not None, depth_decided=depth_range is not None
+            )
         except OSError as cause:
             raise refused(
                 cause, self.root, "nothing was written; free space or choose another root"
@@ -147,8 +148,8 @@ class EpisodeWriter:
             segmentation: view -> integer ids ``[height, width]`` from -1 to 65534; stored exactly.
             extra: every vector named in the writer's ``extra``.
             provenance: ``observed``, ``rendered`` or ``generated``; one for all views or view -> word.
-            timestamp: seconds since the first frame; None means ``frame / fps``. LeRobot's own loader wants
-                times within 1e-4 s of that grid.
+            timestamp: seconds since the first frame, within 1e-4 s of ``frame / fps`` as LeRobot's own loader
+                wants it; None means exactly that.
 
         Raises:
             ValueError: one sentence about the argument at fault; nothing is written then.
@@ -171,7 +172,6 @@ class EpisodeWriter:
             extra=extra or {},
             provenance=provenance,
             timestamp=timestamp,
-            last_timestamp=self._rows.last_timestamp if self._rows else None,
         )
         if self._rows is None:
             self._start_episode()

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dataengine.episodes import Episode, EpisodeDataset
+from enerverse.data.checks import check_episode
 from enerverse.files import load_tensors, save_tensors
 from enerverse.latents import Autoencoder
 
@@ -100,7 +101,8 @@ def encode_images(autoencoder: Autoencoder, images: np.ndarray, batch: int = 64)
 
 
 def encode_dataset(datasets: Datasets, autoencoder: Autoencoder, views: tuple[str, ...]) -> LatentEpisodes:
-    """Encode every frame of every episode with `autoencoder`; raises ValueError when cameras are missing."""
+    """Encode every frame of every episode with `autoencoder`; raises ValueError, naming the
+    episode and the frame, for what no model can be trained on: see `check_episode`."""
     rows: dict[str, list[Tensor]] = {}
     tasks, success, starts, image, fps = [], [], [0], (0, 0), 0.0
     for episode in iterate_episodes(datasets, views, "encoding"):
@@ -121,11 +123,8 @@ PER_EPISODE = ("intrinsics", "camera_to_world")
 
 
 def _episode_rows(episode: Episode, autoencoder: Autoencoder, views: tuple[str, ...]) -> dict[str, Tensor]:
-    if episode.cameras is None:
-        raise ValueError(
-            f"dataset: expected camera poses with every frame, got none in episode {episode.index}; "
-            "record with an environment whose info holds 'cameras'"
-        )
+    check_episode(episode, views)
+    assert episode.cameras is not None
     cameras = episode.cameras.select(views)
     label = episode.extra.get("action.clean", episode.action)
     privileged = episode.extra.get("privileged", np.zeros((len(episode), 0)))
@@ -141,5 +140,5 @@ def _episode_rows(episode: Episode, autoencoder: Autoencoder, views: tuple[str, 
 
 
 def _first_frame(array: np.ndarray, per_frame_dims: int) -> Tensor:
-    """Cameras come as [V, ..] or per frame as [T, V, ..]; anchors are static, so the first frame stands."""
+    """Cameras come as [V, ..] or per frame as [T, V, ..]; they stand still, so the first frame is enough."""
     return torch.from_numpy(np.array(array[0] if array.ndim == per_frame_dims else array)).float()

@@ -197,6 +197,31 @@ def test_depth_beyond_far_end_is_the_far_end(open_writer, make_frame):
     assert EpisodeDataset(writer.root)[0].depth["top"][0, 0, 0] == pytest.approx(4.0)
 
 
+def test_appending_goes_on_with_the_depth_range_of_the_dataset(open_writer, make_frame):
+    values = make_frame(0, full=True)
+    for arguments in ({"depth_range": (0.05, 4.0)}, {}):
+        with open_writer(full=True, **arguments) as writer:
+            writer.add_frame(**values)
+            writer.save_episode()
+    dataset = EpisodeDataset(writer.root)
+    for index in range(2):
+        depth = dataset[index].depth["top"][0]
+        np.testing.assert_allclose(
+            depth, values["depth"]["top"], rtol=1.001 * DepthCodec(near=0.05, far=4.0).max_relative_error
+        )
+
+
+def test_another_depth_range_than_that_of_the_dataset_is_refused(open_writer, make_frame):
+    with open_writer(full=True, depth_range=(0.05, 4.0)) as writer:
+        writer.add_frame(**make_frame(0, full=True))
+        writer.save_episode()
+    sentence = (
+        r"depth_range: expected \(0\.05, 4\.0\) as in the dataset in .*, got \(0\.1, 4\.0\); leave it out"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        open_writer(full=True, depth_range=(0.1, 4.0))
+
+
 def test_info_json_has_the_published_keys(open_writer, make_frame):
     dataset, _ = write_full(open_writer, make_frame)
     info = json.loads((dataset.root / "meta/info.json").read_text())

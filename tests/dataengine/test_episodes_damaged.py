@@ -37,7 +37,7 @@ def remove(path):
 def test_damaged_episode_is_named_and_others_stay_readable(dataset_root, file, damage):
     damage(dataset_root / file)
     dataset = EpisodeDataset(dataset_root)
-    sentence = rf"{file}: cannot read episode 1 from frame 0 on \(.*\); restore .* or leave episode 1 out"
+    sentence = rf"{file}: cannot read episode 1 from frame 0 on \(.*\); restore .* or record"
     with pytest.raises(DatasetError, match=sentence) as caught:
         dataset[1]
     assert (caught.value.episode, caught.value.frame) == (1, 0)
@@ -45,6 +45,16 @@ def test_damaged_episode_is_named_and_others_stay_readable(dataset_root, file, d
     assert len(dataset[0]) == 5
     assert len(dataset[2]) == 7
     assert len(dataset.problems()) == 1
+
+
+def test_a_damaged_video_is_told_in_words(dataset_root):
+    overwrite_with_text(dataset_root / VIDEO)
+    with pytest.raises(
+        DatasetError, match=r"\(Invalid data found when processing input\); restore"
+    ) as caught:
+        EpisodeDataset(dataset_root)[1]
+    assert "Errno" not in str(caught.value)
+    assert "avcodec" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", [truncate, overwrite_with_text, empty])

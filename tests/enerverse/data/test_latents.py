@@ -78,18 +78,63 @@ def test_images_are_read_every_so_many_frames(recorded):
     np.testing.assert_array_equal(images.numpy(), expected)
 
 
-def write(root, cameras: bool) -> EpisodeDataset:
-    """One episode of four frames without (or with) cameras."""
-    pose = {"intrinsics": np.diag([9.0, 9.0, 1.0]), "camera_to_world": np.eye(4)}
+def write(
+    root, cameras: bool = True, length: int = 4, spoilt: tuple[str, float] = ("", 0.0)
+) -> EpisodeDataset:
+    """One episode without (or with) cameras; what `spoilt` names takes its value from frame 2 on."""
     with EpisodeWriter(
-        root, fps=10, views=("front",), image_size=(16, 16), state_dim=11, action_dim=7
+        root,
+        fps=10,
+        views=("front",),
+        image_size=(16, 16),
+        state_dim=11,
+        action_dim=7,
+        extra={"action.clean": 7},
     ) as writer:
-        for t in range(4):
-            more = {"cameras": {"front": pose}} if cameras else {}
-            images = {"front": np.full((16, 16, 3), 50 * t, np.uint8)}
-            writer.add_frame(images=images, state=np.zeros(11), action=np.zeros(7), task="lift", **more)
+        for t in range(length):
+            values = {"action": 0.0, "action.clean": 0.0, "pose": 0.0, "intrinsics": 9.0}
+            values |= {spoilt[0]: spoilt[1]} if t >= 2 else {}
+            pose = np.eye(4)
+            pose[0, 3] = values["pose"]
+            camera = {"intrinsics": np.diag([values["intrinsics"], 9.0, 1.0]), "camera_to_world": pose}
+            writer.add_frame(
+                images={"front": np.full((16, 16, 3), 50 * t, np.uint8)},
+                state=np.zeros(11),
+                action=np.full(7, values["action"]),
+                extra={"action.clean": np.full(7, values["action.clean"])},
+                task="lift",
+                cameras={"front": camera} if cameras else None,
+            )
         writer.save_episode(success=True)
     return EpisodeDataset(root)
+
+
+@pytest.mark.parametrize("column", ["action", "action.clean"])
+def test_actions_out_of_range_are_refused(make_autoencoder, tmp_path, column):
+    dataset = write(tmp_path / "wild", spoilt=(column, -1.5))
+    sentence = rf"dataset: expected {column} in \[-1, 1\], got -1.5 in episode 0, frame 2; divide"
+    with pytest.raises(ValueError, match=sentence):
+        encode_dataset(dataset, make_autoencoder(), ("front",))
+
+
+def test_actions_that_rounding_left_above_one_are_accepted(make_autoencoder, tmp_path):
+    dataset = write(tmp_path / "rounded", spoilt=("action", 1.00002))
+    assert len(encode_dataset(dataset, make_autoencoder(), ("front",))) == 1
+
+
+@pytest.mark.parametrize(("part", "value"), [("pose", 2e-4), ("intrinsics", 9.01)])
+def test_moving_cameras_are_refused(make_autoencoder, tmp_path, part, value):
+    dataset = write(tmp_path / "moving", spoilt=(part, value))
+    sentence = f"dataset: expected cameras that stand still, got another {part} of 'front' in episode 0 from frame 2 on"
+    with pytest.raises(ValueError, match=sentence):
+        encode_dataset(dataset, make_autoencoder(), ("front",))
+
+
+def test_an_episode_of_one_frame_is_refused(make_autoencoder, tmp_path):
+    with pytest.raises(
+        ValueError, match="expected at least 2 frames in every episode, got 1 in episode 0; record"
+    ):
+        encode_dataset(write(tmp_path / "short", length=1), make_autoencoder(), ("front",))
 
 
 def test_missing_cameras_are_refused(make_autoencoder, tmp_path):
@@ -101,8 +146,20 @@ def test_missing_cameras_are_refused(make_autoencoder, tmp_path):
 
 
 def test_without_clean_actions_the_executed_ones_are_the_labels(make_autoencoder, tmp_path):
-    encoded = encode_dataset(write(tmp_path / "posed", cameras=True), make_autoencoder(), ("front",))
+    camera = {"intrinsics": np.diag([9.0, 9.0, 1.0]), "camera_to_world": np.eye(4)}
+    with EpisodeWriter(
+        tmp_path, fps=10, views=("front",), image_size=(16, 16), state_dim=11, action_dim=7
+    ) as writer:
+        for t in range(4):
+            images = {"front": np.full((16, 16, 3), 50 * t, np.uint8)}
+            action = np.full(7, 0.1 * t)
+            writer.add_frame(
+                images=images, state=np.zeros(11), action=action, task="lift", cameras={"front": camera}
+            )
+        writer.save_episode(success=True)
+    encoded = encode_dataset(EpisodeDataset(tmp_path), make_autoencoder(), ("front",))
     assert torch.equal(encoded.label, encoded.action)
+    assert encoded.action[3, 0] == pytest.approx(0.3)
     assert encoded.privileged.shape == (4, 0)
 
 
