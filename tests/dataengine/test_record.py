@@ -4,6 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+import sims  # noqa: F401 - registers the environments
 from dataengine.episodes import DatasetError, EpisodeDataset, EpisodeWriter
 from dataengine.record import record, writer_arguments
 
@@ -238,6 +239,22 @@ def test_bad_arguments(tmp_path, env, arguments, sentence):
     defaults = {"policy": lambda obs, info: 0, "episodes": 1, "max_steps": 2}
     with open_for(PlainEnv(), tmp_path / "d") as writer, pytest.raises(ValueError, match=sentence):
         record(env, writer=writer, **(defaults | arguments))
+
+
+def test_depth_of_a_camera_on_the_wrist(tmp_path):
+    """The fingers stand less than five centimetres before it."""
+    env = gymnasium.make(
+        "enerverse/Lift-v0", cameras=("front", "wrist"), modalities=("rgb", "depth"), image_size=32
+    )
+    with EpisodeWriter(tmp_path / "wrist", **writer_arguments(env)) as writer:
+        record(env, lambda obs, info: np.zeros(7, np.float32), writer, 1, keep="all", max_steps=2)
+    observation, _ = env.reset(seed=0)
+    env.close()
+    episode = EpisodeDataset(writer.root)[0]
+    assert 0.02 < episode.depth["wrist"].min() < 0.05
+    for view in ("front", "wrist"):
+        near_enough = np.minimum(observation["depth"][view], 10)
+        np.testing.assert_allclose(episode.depth[view][0], near_enough, rtol=8e-4)
 
 
 def test_observation_without_images(tmp_path):
