@@ -12,7 +12,7 @@ from enerverse.train.checkpoints import list_checkpoints
 PROGRAM = [sys.executable, "-m", "enerverse.cli.main"]
 
 
-def wait_for(path: Path, process: subprocess.Popen, lines: int = 1, seconds: float = 60) -> None:
+def wait_for(path: Path, process: subprocess.Popen, lines: int = 1, seconds: float = 300) -> None:
     """Until `path` has that many lines."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -26,9 +26,12 @@ def wait_for(path: Path, process: subprocess.Popen, lines: int = 1, seconds: flo
 def interrupt_training(words: list[str], metrics: Path, lines: int) -> subprocess.CompletedProcess:
     """Start, wait for a record in `metrics`, press Ctrl-C."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(metrics, process, lines)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        wait_for(metrics, process, lines)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()  # a training that did not stop must not outlive its test
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
