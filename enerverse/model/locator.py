@@ -13,7 +13,7 @@ QUERIES = 4
 
 
 class FactReader(nn.Module):
-    """An MLP that tells the simulator's facts from a few tokens [B, n, D].
+    """Tells the simulator's facts linearly from a few tokens [B, n, D], so that whatever else reads them finds the facts.
 
     The facts (positions of the object and of the goal, which cue was shown, and so on) are targets in training, where
     the data hold them; in use none is read. Pictures and actions alone give a small model too little reason to find a
@@ -25,7 +25,7 @@ class FactReader(nn.Module):
 
     def __init__(self, width: int, facts: int, count: int = QUERIES):
         super().__init__()
-        self.read = nn.Sequential(nn.Linear(count * width, 256), nn.SiLU(), nn.Linear(256, facts))
+        self.read: nn.Module = nn.Linear(count * width, facts)
         self.register_buffer("mean", torch.zeros(facts))
         self.register_buffer("std", torch.ones(facts))
 
@@ -42,10 +42,11 @@ class FactReader(nn.Module):
 
 
 class Locator(FactReader):
-    """A fact reader with a few learned queries that gather its tokens from a longer row."""
+    """A fact reader with a few learned queries that gather its tokens from a longer row, and an MLP for a read-out."""
 
     def __init__(self, width: int, heads: int, facts: int):
         super().__init__(width, facts)
+        self.read = nn.Sequential(nn.Linear(QUERIES * width, 256), nn.SiLU(), nn.Linear(256, facts))
         self.queries = nn.Parameter(0.02 * torch.randn(QUERIES, width))
         self.gather = CrossAttention(width, heads)
 
@@ -71,7 +72,9 @@ class Plan(nn.Module):
             )
             for _ in range(readings)
         )
-        self.tell = start_at_zero(nn.Linear(count * width, embedding))
+        self.tell = nn.Sequential(
+            nn.Linear(count * width, embedding), nn.SiLU(), start_at_zero(nn.Linear(embedding, embedding))
+        )
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, V, T, h, w, D] -> tokens [B, n, D] and what is added to every frame's embedding [B, 1, E]."""

@@ -97,7 +97,7 @@ def train_world(
     device = device or default_device()
     prepare_run(run, to_json(preset))
     torch.manual_seed(preset.train_world.seed)
-    unet = VideoUNet(**preset.unet_arguments())
+    unet = VideoUNet(**preset.unet_arguments(), action_dim=episodes.action.shape[1])
     reader = build_reader(unet, episodes.privileged) if preset.world_loss.localize > 0 else None
     model = WorldModel(unet, build_text_encoder(preset.text), reader).to(device)
     sampler = ClipSampler(

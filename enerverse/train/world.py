@@ -30,7 +30,7 @@ class WorldLossConfig:
     drop_actions: float = 0.6
     ended_weight: float = 0.2
     channel_power: float = 1.0
-    localize: float = 0.2
+    localize: float = 1.0
 
 
 class WorldModel(nn.Module):

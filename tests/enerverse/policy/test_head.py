@@ -32,7 +32,7 @@ def actions() -> torch.Tensor:
 
 @pytest.mark.parametrize("world", ["tokens", "mean"])
 def test_sixteen_decisions_are_learned_by_heart(make_head, inputs, actions, world):
-    head = make_head(world=world, width=32, noise_draws=4)
+    head = make_head(world=world, width=32, noise_draws=4, steps=4)
     head.set_statistics(inputs.state, actions.flatten(0, 1))
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     losses = []
