@@ -92,8 +92,10 @@ def evaluate(
     make_env: Callable[[], gymnasium.Env], policy: BatchPolicy, seeds: Iterable[int]
 ) -> list[Outcome]:
     """Play all seeds in lock-step, one environment each; finished ones are closed and dropped from the
-    batch.
+    batch. A policy that has a ``reset`` forgets earlier episodes first: seeds repeat from task to task.
     """
+    if callable(reset := getattr(policy, "reset", None)):
+        reset()
     running: dict[int, tuple[gymnasium.Env, dict, dict]] = {}
     for seed in seeds:
         expect(seed not in running, "seeds", "distinct seeds", f"{seed} twice")

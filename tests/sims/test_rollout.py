@@ -37,6 +37,28 @@ def test_lock_step_equals_single_episodes():
     assert sum(policy.sizes) == sum(outcome.length for outcome in outcomes)
 
 
+def test_a_policy_that_remembers_forgets_earlier_episodes_first():
+    """Seeds repeat from task to task: what is held under a seed belongs to another episode."""
+
+    class Remembering(BatchedExpert):
+        def __init__(self, env):
+            super().__init__(env)
+            self.steps = {}
+
+        def reset(self):
+            self.steps = {}
+
+        def select_actions(self, observations, infos, keys):
+            for key in keys:
+                self.steps[key] = self.steps.get(key, 0) + 1
+            return super().select_actions(observations, infos, keys)
+
+    policy = Remembering(make())
+    for _ in range(2):
+        outcomes = evaluate(make, policy, [4, 2])
+        assert policy.steps == {outcome.seed: outcome.length for outcome in outcomes}
+
+
 def test_rollout_record():
     env = gymnasium.make("enerverse/Lift-v0", image_size=16, cameras=("front",))
     episode = rollout(env, make_expert(env), 0)
