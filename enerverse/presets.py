@@ -105,7 +105,10 @@ def tiny() -> Preset:
     return Preset(
         name="tiny",
         train_autoencoder=TrainConfig(steps=1500, batch=32, rate=2e-3, average=0.99),
-        train_world=TrainConfig(steps=6000, batch=8, rate=1.5e-3, average=0.998, save_every=250),
+        # The cue of a memory task tells its colour once, long ago, and only a few windows need it: draw those often.
+        clips=ClipConfig(mix=(0.15, 0.75, 0.05, 0.05), onset=0.65, emphasis={"reach": 4.0}),
+        world_loss=WorldLossConfig(drop_actions=0.65),
+        train_world=TrainConfig(steps=10_000, batch=8, rate=1e-3, average=0.998, save_every=250),
         train_policy=TrainConfig(steps=4000, batch=64, rate=1e-3, average=0.998, log_every=50),
     )
 

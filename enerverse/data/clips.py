@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ class ClipConfig:
     whose memory is drawn at random, evenly spread, consecutive, or the last frame alone. stillness: weight of
     windows in which nothing moves, relative to an average one; 1 samples uniformly. onset: share of windows
     drawn by how much faster the demonstrator moves after the last frame than just before it: what comes next is
-    told there by the instruction and the memory, not by the last frames, and such windows are rare. command: the
+    told there by the instruction and the memory, not by the last frames, and such windows are rare. emphasis: how
+    often a kind of task is drawn relative to the others (1), by the first word of its instructions. command: the
     gripper's commanded position is the first three entries of the state plus the three from `command` on;
     action_scale: metres per action unit.
     """
@@ -63,6 +65,7 @@ class ClipConfig:
     mix: tuple[float, float, float, float] = (0.3, 0.5, 0.1, 0.1)
     stillness: float = 0.3
     onset: float = 0.4
+    emphasis: dict[str, float] = field(default_factory=dict)
     action_scale: tuple[float, float, float] = (0.016, 0.016, 0.016)
     command: int = 8
 
@@ -73,6 +76,9 @@ class ClipConfig:
             raise ValueError(f"mix: expected four shares that sum to 1, got {self.mix}")
         if not 0 <= self.onset <= 1:
             raise ValueError(f"onset: expected a share from 0 to 1, got {self.onset}")
+        for kind, weight in self.emphasis.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"emphasis[{kind!r}]: expected a finite weight above 0, got {weight}")
 
 
 class ClipSampler:
@@ -86,7 +92,7 @@ class ClipSampler:
 
     def _weigh_windows(self) -> tuple[np.ndarray, np.ndarray]:
         """All (episode, last memory frame) pairs, and the running sum of how often each is drawn: by motion and by the
-        onset of commanded motion, every task equally."""
+        onset of commanded motion, every kind of task as the config says."""
         indices = range(len(self.episodes))
         ahead = np.concatenate([self._motion(index) for index in indices])
         onset = np.concatenate([self._onset(index) for index in indices])
@@ -98,7 +104,7 @@ class ClipSampler:
             group = kinds == kind
             plain, sudden = _shares(weights[group]), _shares(onset[group])
             share = self.config.onset if onset[group].any() else 0.0
-            weights[group] = (1 - share) * plain + share * sudden
+            weights[group] = self.config.emphasis.get(kind, 1.0) * ((1 - share) * plain + share * sudden)
         return rows, np.cumsum(_shares(weights))
 
     def _motion(self, episode: int) -> np.ndarray:

@@ -59,11 +59,20 @@ class Plan(nn.Module):
     """A few tokens that read the whole window and tell every frame of the way up what they found.
 
     What the first reading finds is the question of the second: a cue in memory, then the thing it means. Local blocks
-    would have to pass both from place to place.
+    would have to pass both from place to place. It also says which actions (M, A) lead there.
     """
 
-    def __init__(self, width: int, heads: int, embedding: int, count: int = QUERIES, readings: int = 2):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        embedding: int,
+        actions: tuple[int, int],
+        count: int = QUERIES,
+        readings: int = 2,
+    ):
         super().__init__()
+        self.shape = actions
         self.queries = nn.Parameter(0.02 * torch.randn(count, width))
         self.readings = nn.ModuleList(CrossAttention(width, heads) for _ in range(readings))
         self.thoughts = nn.ModuleList(
@@ -75,6 +84,11 @@ class Plan(nn.Module):
         self.tell = nn.Sequential(
             nn.Linear(count * width, embedding), nn.SiLU(), start_at_zero(nn.Linear(embedding, embedding))
         )
+        self.act = nn.Linear(count * width, actions[0] * actions[1])
+
+    def actions(self, tokens: Tensor) -> Tensor:
+        """The actions [B, M, A] that lead to what the tokens [B, n, D] plan, not clipped."""
+        return self.act(tokens.flatten(1)).unflatten(1, self.shape)
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, V, T, h, w, D] -> tokens [B, n, D] and what is added to every frame's embedding [B, 1, E]."""

@@ -98,7 +98,7 @@ class VideoUNet(Component):
             SpaceTimeBlock(widths[-1], embedding, max(1, widths[-1] // head_width)) for _ in range(mid_blocks)
         )
         self.plan = (
-            Plan(widths[-1], max(1, widths[-1] // head_width), embedding, plan_tokens)
+            Plan(widths[-1], max(1, widths[-1] // head_width), embedding, (chunk, action_dim), plan_tokens)
             if plan_tokens
             else None
         )

@@ -22,6 +22,7 @@ class WorldLossConfig:
     drop_text, drop_actions: share of samples that are not told the instruction, or the actions. ended_weight:
     weight of end-of-task frames. channel_power: loss weight per latent channel is std ** power. localize: weight of
     telling the simulator's facts from the UNet's plan, where it has one and the data hold them (see `FactReader`).
+    act: weight of telling the actions from the plan, where the sample is not told them.
     """
 
     residual: bool = True
@@ -31,6 +32,7 @@ class WorldLossConfig:
     ended_weight: float = 0.2
     channel_power: float = 1.0
     localize: float = 1.0
+    act: float = 1.0
 
 
 class WorldModel(nn.Module):
@@ -90,11 +92,23 @@ class WorldTask:
         frames = error.mean((1, 3, 4, 5))
         weights = torch.where(clip.ended > 0, self.config.ended_weight, 1.0).to(device)
         loss = (frames * weights).mean()
-        if self.module.reader is None:
-            return loss, {}
-        places = self.module.reader.loss(plan, clip.facts.to(device))
-        logs = {"pictures": float(loss.detach()), "places": float(places.detach())}
-        return loss + self.config.localize * places, logs
+        hints = {} if plan is None else self._hints(plan, clip, told)
+        logs = {name: float(value.detach()) for name, value in {"pictures": loss, **hints}.items()}
+        weights = {"places": self.config.localize, "actions": self.config.act}
+        return loss + sum(weights[name] * value for name, value in hints.items()), logs
+
+    def _hints(self, plan: Tensor, clip: Clip, told: Tensor) -> dict[str, Tensor]:
+        """What the plan's tokens [B, n, D] are asked besides the pictures: the simulator's facts, and the actions of the
+        samples that were not told them."""
+        hints = {}
+        if self.module.reader is not None:
+            hints["places"] = self.module.reader.loss(plan, clip.facts.to(plan.device))
+        if self.config.act > 0:
+            assert self.module.unet.plan is not None
+            error = (self.module.unet.plan.actions(plan).float() - clip.actions.to(plan.device)).square()
+            blind = (~told).to(error)
+            hints["actions"] = (error.mean((1, 2)) * blind).sum() / blind.sum().clamp_min(1)
+        return hints
 
 
 def noisy_memory(memory: Tensor, strength: float, generator: torch.Generator) -> Tensor:

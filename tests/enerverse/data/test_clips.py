@@ -155,6 +155,22 @@ def test_every_task_is_drawn_equally_often(make_episodes):
     assert float((clip.episode == 0).float().mean()) == pytest.approx(0.5, abs=0.03)
 
 
+def test_emphasis_draws_a_kind_of_task_more_often(make_episodes):
+    episodes = replace(make_episodes((40, 40, 40)), tasks=("lift it", "reach red", "reach blue"))
+    config = ClipConfig(onset=0.0, stillness=1.0, emphasis={"reach": 4.0, "fly": 9.0})
+    drawn = ClipSampler(episodes, config, batch=4000).batch(0).episode
+    shares = torch.bincount(drawn, minlength=3) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.4, 0.4]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_emphasis_is_a_finite_weight_above_zero(weight):
+    with pytest.raises(
+        ValueError, match=rf"emphasis\['reach'\]: expected a finite weight above 0, got {weight}"
+    ):
+        ClipConfig(emphasis={"reach": weight})
+
+
 def test_moving_windows_are_drawn_more_often(make_episodes):
     episodes = make_episodes((100,))
     still = episodes.latents.clone()

@@ -117,9 +117,9 @@ def test_the_residual_scale_is_the_deviation_of_the_residual_where_the_episode_r
 def test_the_plan_tells_the_facts_where_the_data_hold_them():
     """The reader adds its error, weighted; its gradient reaches the way down of the UNet and not the way up."""
     facts = torch.randn(60, 5, generator=seeded()) * 3 + 1
-    task = runs.make_world_task(replace(runs.random_episodes(), privileged=facts), plan_tokens=3)
+    task = runs.make_world_task(replace(runs.random_episodes(), privileged=facts), plan_tokens=3, act=0.0)
     plain, logs = task.loss(task.batch(0), seeded())
-    assert logs == {}
+    assert set(logs) == {"pictures"}
     unet, seen = task.module.unet, []
     task.module.reader = build_reader(unet, facts)
     torch.testing.assert_close(task.module.reader.mean, facts.mean(0))
@@ -132,6 +132,29 @@ def test_the_plan_tells_the_facts_where_the_data_hold_them():
     task.module.reader.loss(seen[-1], task.batch(0).facts).backward()
     assert unet.inputs.conv.weight.grad.abs().sum() > 0
     assert unet.out.conv.weight.grad is None
+
+
+def test_the_plan_tells_the_actions_of_samples_that_were_not_told_them():
+    task = runs.make_world_task(plan_tokens=3, act=0.5, drop_actions=0.6, memory_noise=0.0)
+    task.sampler.batch_size = 16
+    torch.nn.init.normal_(task.module.unet.plan.act.weight)
+    clip, seen = task.batch(0), []
+    task.module.unet.register_forward_hook(lambda module, inputs, output: seen.append((inputs[2], output[1])))
+    total, logs = task.loss(clip, seeded())
+    (conditions, tokens), plan = seen[0], task.module.unet.plan
+    said = plan.act(tokens.flatten(1)).view(16, 8, 7)
+    blind = ~conditions.has_actions
+    assert 0 < blind.sum() < 16
+    expected = (said - clip.actions)[blind].square().mean()
+    assert logs["actions"] == pytest.approx(expected.item(), rel=1e-5)
+    assert total.item() == pytest.approx(logs["pictures"] + 0.5 * logs["actions"], rel=1e-5)
+
+
+def test_where_every_sample_is_told_its_actions_the_plan_is_not_asked():
+    task = runs.make_world_task(plan_tokens=3, drop_actions=0.0)
+    total, logs = task.loss(task.batch(0), seeded())
+    assert logs["actions"] == 0
+    assert total.item() == pytest.approx(logs["pictures"], rel=1e-5)
 
 
 def test_where_nothing_moves_the_residual_scale_is_not_zero():
