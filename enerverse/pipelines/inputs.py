@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from enerverse.data.actions import at_rest
+from enerverse.data.clips import gripper_start
 from enerverse.pipelines.arrays import as_tensor, check_counts, check_generator, check_guidance
 from enerverse.pipelines.cameras import read_cameras
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Checked inputs: latents [B, V, n, C, h, w], text [B, E], cameras [B, V, ..], rays, and the plan if
-    any."""
+    """Checked inputs: latents [B, V, n, C, h, w], text [B, E], cameras [B, V, ..], rays; the plan, where actions were
+    given; the gripper's commanded position [B, 3], where the model is to plan from it."""
 
     latents: Tensor
     texts: list[str]
@@ -30,6 +31,7 @@ class Observation:
     grid: tuple[int, int]
     actions: Tensor | None = None
     path: Tensor | None = None
+    gripper: Tensor | None = None
 
     def plan(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
         """Actions and path maps of frames start .. start + count, resting past their end; None without
@@ -167,25 +169,29 @@ def read_observation(
         rays=pipe.draw_rays(intrinsics, poses, grid),
         grid=grid,
     )
-    return seen if actions is None and state is None else _add_plan(pipe, seen, actions, state, num_frames)
+    return seen if actions is None and state is None else _add_body(pipe, seen, actions, state, num_frames)
 
 
-def _add_plan(
+def _add_body(
     pipe: EnerVersePipeline, seen: Observation, actions: Any, state: Any, num_frames: int
 ) -> Observation:
-    """The observation with actions, resting until the last chunk ends, and the path that they trace."""
-    if actions is None:
-        raise ValueError(
-            "actions: expected [B, T, A] beside state, got None; pass the actions or leave the state out"
-        )
+    """The observation with actions, resting until the last chunk ends, and the path that they trace; without actions,
+    with the gripper's position to plan from."""
     if state is None:
         raise ValueError(
             "state: expected proprioception [B, S] beside actions, got None; pass the last observed state"
         )
     count, width = len(seen.texts), pipe.unet.config.action_dim
+    body = read_state(state, count, pipe.config.command + 3).to(pipe.device)
+    gripper = gripper_start(body, pipe.clip_config)
+    if actions is None:
+        if pipe.unet.plan is None:
+            raise ValueError(
+                "actions: expected [B, T, A] beside state, got None and a UNet without a plan of its own; pass the "
+                "actions or leave the state out"
+            )
+        return replace(seen, gripper=gripper)
     moves = read_actions(actions, "actions", count, num_frames, width)
     spare = -moves.shape[1] % pipe.unet.config.chunk
     moves = torch.cat([moves, at_rest(moves[:, -1:]).repeat(1, spare, 1)], 1).to(pipe.device)
-    body = read_state(state, count, pipe.config.command + 3).to(pipe.device)
-    told, path = pipe.draw_plan(seen, moves, body)
-    return replace(seen, actions=told, path=path)
+    return replace(seen, actions=moves, path=pipe.draw_path(seen, moves, gripper)[1])

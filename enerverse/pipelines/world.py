@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from enerverse.data.clips import ClipConfig, gripper_start
+from enerverse.data.clips import ClipConfig
 from enerverse.diffusion import Generators, denoise, draw_noise, make_objective
 from enerverse.memory import MemoryPolicy, MemoryState, make_memory, push_chunk, read_context, start_memory
 from enerverse.model import Conditions
@@ -25,12 +25,14 @@ class Imagination:
 
     frames [B, T, V, 3, P, P] in [0, 1] (or uint8 arrays [B, T, V, P, P, 3], or latents [B, V, T, C, h, w]);
     ended [B]: number of frames before the end-of-task frame, -1 where the task was not seen to end; memory:
-    what was seen up to the last frame returned, to go on from with `imagine_chunk`.
+    what was seen up to the last frame returned, to go on from with `imagine_chunk`; actions [B, T, A]: those that
+    lead through the frames, given or planned by the model, None where it imagined without.
     """
 
     frames: Any
     ended: Tensor
     memory: MemoryState
+    actions: Tensor | None = None
 
 
 class EnerVersePipeline(SavedPipeline):
@@ -117,22 +119,27 @@ class EnerVersePipeline(SavedPipeline):
         images: observed frames [B, n, V, 3, P, P] in [0, 1], uint8 [B, n, V, P, P, 3] (B may be left out) or latents
         [B, n, V, C, h, w]; cameras: `info["cameras"]`, `dataengine.cameras.Cameras` or a pair of intrinsics [V, 3, 3]
         and camera_to_world [V, 4, 4]; actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the
-        last observed frame turn imagination into simulation; generator: one, or a list of one per episode. Raises
-        ValueError, in one sentence, for wrong shapes, values or names."""
+        last observed frame turn imagination into simulation; with the state alone the model plans the actions itself,
+        chunk by chunk, and simulates those; generator: one, or a list of one per episode. Raises ValueError, in one
+        sentence, for wrong shapes, values or names."""
         check_options(output_type, num_frames, num_inference_steps, guidance_scale, generator)
         policy, size = self.make_memory(memory), self.unet.config.chunk
         seen = read_observation(self, images, instruction, cameras, actions, state, num_frames)
-        past, chunks, ended = start_memory(policy, seen.latents), [], torch.full((len(seen.texts),), -1)
+        past, chunks, moves = start_memory(policy, seen.latents), [], []
+        ended = torch.full((len(seen.texts),), -1)
         for start in self.progress_bar(range(0, num_frames, size)):
+            told, seen = self._choose_moves(seen, past, policy, start, generator)
             chunk, past = self.imagine_chunk(
-                past, policy, seen.rays, seen.text, seen.plan(start, size), num_inference_steps, guidance_scale,
+                past, policy, seen.rays, seen.text, told, num_inference_steps, guidance_scale,
                 generator, callback_on_step_end, num_frames - start,
             )  # fmt: skip
             ended = torch.where(ended < 0, self.find_end(chunk, start), ended)
             chunks.append(chunk)
+            moves += [] if told is None else [told[0][:, : chunk.shape[2]]]
             if stop_at_end and bool((ended >= 0).all()):
                 break
-        return Imagination(self.read_out(torch.cat(chunks, 2), output_type), ended, past)
+        frames = self.read_out(torch.cat(chunks, 2), output_type)
+        return Imagination(frames, ended, past, torch.cat(moves, 1) if moves else None)
 
     @torch.no_grad()
     def imagine_chunk(
@@ -175,6 +182,39 @@ class EnerVersePipeline(SavedPipeline):
         return chunk, push_chunk(policy, past, chunk)
 
     @torch.no_grad()
+    def plan_actions(
+        self,
+        past: MemoryState,
+        policy: MemoryPolicy,
+        rays: Tensor,
+        text: Tensor,
+        generator: Generators = None,
+    ) -> Tensor:
+        """The actions [B, M, A] in [-1, 1] that the UNet's plan would take next, from one pass down at pure noise."""
+        context, offsets = read_context(policy, past)
+        shape = (*context.shape[:2], self.unet.config.chunk, *context.shape[3:])
+        noise, time = (
+            draw_noise(shape, generator).to(context),
+            torch.ones(len(context), device=context.device),
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision):
+            tokens, _ = self.unet.plan(
+                self.unet.features(noise, time, Conditions(context, offsets[None], rays, text))
+            )
+            return self.unet.plan.actions(tokens).float().clamp(-1, 1)
+
+    def _choose_moves(
+        self, seen: Observation, past: MemoryState, policy: MemoryPolicy, start: int, generator: Generators
+    ) -> tuple[tuple[Tensor, Tensor] | None, Observation]:
+        """Actions and path maps of the chunk at `start`, told or planned, None without either; and the observation, in
+        which the gripper has gone where the plan sends it."""
+        if seen.gripper is None:
+            return seen.plan(start, self.unet.config.chunk), seen
+        actions = self.plan_actions(past, policy, seen.rays, seen.text, generator)
+        path, pictures = self.draw_path(seen, actions, seen.gripper)
+        return (actions, pictures), replace(seen, gripper=path[:, -1])
+
+    @torch.no_grad()
     def stream(
         self,
         images: Any,
@@ -214,15 +254,13 @@ class EnerVersePipeline(SavedPipeline):
             return frames
         return (frames.permute(0, 1, 2, 4, 5, 3) * 255).round().byte().cpu().numpy()
 
-    def draw_plan(self, seen: Observation, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [B, T, A] and the path maps [B, V, T, 4, h, w] that they trace from proprioception
-        `state`."""
+    def draw_path(self, seen: Observation, actions: Tensor, gripper: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions [B, T, 3] that actions [B, T, A] send the gripper to from the commanded position `gripper`
+        [B, 3], and the path maps [B, V, T, 4, h, w] of them."""
         scale = torch.tensor(self.config.action_scale, device=actions.device)
-        path = commanded_path(gripper_start(state, self.clip_config), actions, scale)
+        path = commanded_path(gripper, actions, scale)
         size = (self.config.image_size, self.config.image_size)
-        return actions, path_map(
-            path, actions[..., -1], seen.intrinsics, seen.camera_to_world, size, seen.grid
-        )
+        return path, path_map(path, actions[..., -1], seen.intrinsics, seen.camera_to_world, size, seen.grid)
 
     def draw_rays(self, intrinsics: Tensor, camera_to_world: Tensor, grid: tuple[int, int]) -> Tensor:
         """Ray maps [B, V, 6, h, w] of the cameras at latent resolution."""

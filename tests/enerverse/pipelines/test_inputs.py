@@ -158,8 +158,8 @@ def test_a_list_of_generators_of_another_length(refused):
     refused(r"generator: expected one per episode \(2\), got 1", generator=[torch.Generator()])
 
 
-def test_a_state_without_actions(refused):
-    refused(r"actions: expected \[B, T, A\] beside state, got None; pass the actions or leave", state=BODY)
+def test_a_state_without_actions_where_the_model_cannot_plan(refused):
+    refused(r"actions: expected \[B, T, A\] beside state, got None and a UNet without a plan", state=BODY)
 
 
 @pytest.mark.parametrize("name", ["num_frames", "num_inference_steps"])

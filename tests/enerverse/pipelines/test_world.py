@@ -269,6 +269,37 @@ def test_a_plan_rests_after_its_last_action_with_the_gripper_kept(imagine, plan)
     assert torch.equal(short, imagine(num_frames=11, actions=padded, state=plan["state"]).frames)
 
 
+@pytest.fixture
+def planner(make_pipe, make_unet):
+    return make_pipe(make_unet(plan_tokens=3))
+
+
+def test_with_the_state_alone_the_model_simulates_the_actions_it_plans(planner, pictures, cameras, plan):
+    given = (pictures[0], "lift the cube", cameras)
+    free = planner(*given, state=plan["state"], generator=seeded())
+    assert free.actions.shape == (1, 8, 7)
+    assert free.actions.abs().max() <= 1
+    generator = seeded()
+    torch.randn(1, 2, 8, 4, 4, 4, generator=generator)  # the noise that the plan was made from
+    told = planner(*given, state=plan["state"], actions=free.actions, generator=generator)
+    torch.testing.assert_close(told.frames, free.frames)
+    assert torch.equal(told.actions, free.actions)
+
+
+def test_a_planned_path_goes_on_where_the_last_chunk_ended(planner, pictures, cameras, plan, monkeypatch):
+    options = {"state": plan["state"], "num_frames": 13, "stop_at_end": False}
+    told = planner(pictures[0], "lift", cameras, actions=plan["actions"], generator=seeded(), **options)
+    chunks = iter(plan["actions"].split(8, 1))
+    monkeypatch.setattr(planner, "plan_actions", lambda *_: next(chunks))
+    free = planner(pictures[0], "lift", cameras, generator=seeded(), **options)
+    torch.testing.assert_close(free.frames, told.frames)
+    assert torch.equal(free.actions, plan["actions"][:, :13])
+
+
+def test_imagination_without_actions_has_none(imagine):
+    assert imagine().actions is None
+
+
 def test_find_end_names_the_first_frame_near_the_end_latent(make_pipe):
     pipe = make_pipe(end_threshold=0.2)
     chunk = torch.ones(3, 2, 8, 4, 4, 4)
