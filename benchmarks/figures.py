@@ -28,6 +28,7 @@ MODES = {
     "copy_last": "copy the last frame",
     "instruction_5_steps": "from the instruction",
     "instruction_1_step": "from the instruction, 1 step",
+    "plan_5_steps": "from the instruction, by planned actions",
     "actions_5_steps": "given the actions",
     "actions_1_step": "given the actions, 1 step",
     "autoencoder": "autoencoder (ceiling)",

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from benchmarks.results_io import write_result
 from enerverse.evaluate.imagination import (
     SPANS,
+    Told,
     Window,
     best_of,
     copy_last,
@@ -68,18 +69,23 @@ def fit_segmenter(run: Path, views: tuple[str, ...]) -> RobotSegmenter:
 def modes(settings: Imagination, pipe: EnerVersePipeline) -> dict[str, object]:
     """Imagination functions by name: each maps (window, generator) to frames [H, V, 3, P, P]."""
 
-    def imagine(actions: bool, steps: int) -> object:
+    def imagine(told: Told, steps: int) -> object:
         return lambda window, generator: imagine_window(
-            pipe, window, with_actions=actions, generator=generator, steps=steps
+            pipe, window, told=told, generator=generator, steps=steps
         )[0]
+
+    planned = (
+        {} if pipe.unet.plan is None else {f"plan_{settings.steps}_steps": imagine("plan", settings.steps)}
+    )
 
     return {
         "copy_last": lambda window, _: copy_last(window),
         "autoencoder": lambda window, _: reconstruct(pipe, window),
-        f"instruction_{settings.steps}_steps": imagine(False, settings.steps),
-        "instruction_1_step": imagine(False, 1),
-        f"actions_{settings.steps}_steps": imagine(True, settings.steps),
-        "actions_1_step": imagine(True, 1),
+        f"instruction_{settings.steps}_steps": imagine("instruction", settings.steps),
+        "instruction_1_step": imagine("instruction", 1),
+        **planned,
+        f"actions_{settings.steps}_steps": imagine("actions", settings.steps),
+        "actions_1_step": imagine("actions", 1),
     }
 
 

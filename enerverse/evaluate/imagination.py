@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from enerverse.metrics import Interval, mask_iou, moving_mask, ssim_map
 from enerverse.pipelines import EnerVersePipeline
 
 HORIZON = 16
+Told = Literal["instruction", "plan", "actions"]
 SPANS = {"1-8": slice(0, 8), "9-16": slice(8, 16)}
 
 
@@ -65,19 +66,23 @@ def imagine_window(
     pipe: EnerVersePipeline,
     window: Window,
     *,
-    with_actions: bool,
+    told: Told = "instruction",
     generator: torch.Generator,
     steps: int = 5,
     samples: int = 1,
 ) -> Tensor:
-    """The 16 frames after a window's observed ones, `samples` times: [samples, H, V, 3, P, P]."""
+    """The 16 frames after a window's observed ones, `samples` times: [samples, H, V, 3, P, P].
+
+    told: the instruction alone; the state too, so that the model plans its actions (`plan`); or the true actions.
+    """
     episode, now = window.episode, window.seen - 1
     assert episode.cameras is not None
     cameras = episode.cameras.select(tuple(pipe.config.views)).at(0)
-    told: dict[str, Any] = {}
-    if with_actions:
-        told = {"actions": episode.action[None, now : now + HORIZON], "state": episode.state[None, now]}
-        told = {name: np.repeat(value, samples, 0) for name, value in told.items()}
+    body: dict[str, Any] = {}
+    if told != "instruction":
+        body["state"] = np.repeat(episode.state[None, now], samples, 0)
+    if told == "actions":
+        body["actions"] = np.repeat(episode.action[None, now : now + HORIZON], samples, 0)
     imagined = pipe(
         window.latents[None].expand(samples, -1, -1, -1, -1, -1),
         episode.task,
@@ -86,7 +91,7 @@ def imagine_window(
         num_inference_steps=steps,
         generator=generator,
         stop_at_end=False,
-        **told,
+        **body,
     )
     return imagined.frames
 
@@ -195,9 +200,7 @@ def best_of(
     """Of `count` imaginations the one closest to the truth on moving pixels: what uncertainty about the
     future costs."""
     moved = moving_mask(window.truth, window.last)[:, :, None]
-    samples = imagine_window(
-        pipe, window, with_actions=False, generator=generator, steps=steps, samples=count
-    )
+    samples = imagine_window(pipe, window, generator=generator, steps=steps, samples=count)
     return min(samples, key=lambda frames: float(((frames - window.truth).square() * moved).sum()))
 
 

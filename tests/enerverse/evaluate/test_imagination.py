@@ -131,7 +131,7 @@ def test_the_gain_is_the_difference_of_pooled_figures(make_window):
 
 @pytest.fixture
 def pipe(make_pipe, make_autoencoder, make_unet):
-    pipe = make_pipe(views=VIEWS, image_size=32)
+    pipe = make_pipe(make_unet(plan_tokens=2), views=VIEWS, image_size=32)
     pipe.register_modules(autoencoder=make_autoencoder(patch=8))
     return pipe
 
@@ -147,13 +147,13 @@ def test_windows_are_spread_over_long_enough_episodes(pipe, recorded):
         assert torch.equal(window.last, torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255)
 
 
-@pytest.mark.parametrize("with_actions", [False, True])
-def test_imagined_windows_have_the_length_of_the_truth(pipe, recorded, with_actions):
+@pytest.mark.parametrize("told", ["instruction", "plan", "actions"])
+def test_imagined_windows_have_the_length_of_the_truth(pipe, recorded, told):
     window = held_out_windows(pipe, recorded[0], per_episode=1)[0]
     frames = imagine_window(
         pipe,
         window,
-        with_actions=with_actions,
+        told=told,
         generator=torch.Generator().manual_seed(0),
         steps=1,
         samples=2,
@@ -172,7 +172,7 @@ def test_the_ceiling_is_the_truth_through_the_autoencoder(pipe, recorded):
 def test_the_best_of_several_is_the_closest_on_moving_pixels(pipe, recorded):
     window = held_out_windows(pipe, recorded[0], per_episode=1)[0]
     window = replace(window, latents=window.latents + 0.5)
-    options = {"with_actions": False, "steps": 1, "samples": 3}
+    options = {"steps": 1, "samples": 3}
     samples = imagine_window(pipe, window, generator=torch.Generator().manual_seed(0), **options)
     moved = moving_mask(window.truth, window.last)[:, :, None]
     errors = [float(((frames - window.truth).square() * moved).sum()) for frames in samples]
