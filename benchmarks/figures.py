@@ -33,6 +33,11 @@ MODES = {
     "actions_1_step": "given the actions, 1 step",
     "autoencoder": "autoencoder (ceiling)",
 }
+SITUATIONS = {
+    "history": "true history",
+    "planned": "true history, planned actions",
+    "rollout": "imagined history",
+}
 ARMS = {
     "tokens": "world-model tokens + latents (shipped)",
     "latents": "latents only (control)",
@@ -95,8 +100,8 @@ def policies_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
 def memory_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """Table and chart of cue recall."""
     rows, bars = [], []
-    for setting, title in (("history", "true history"), ("rollout", "imagined history")):
-        for policy, row in values[setting].items():
+    for setting, title in SITUATIONS.items():
+        for policy, row in values.get(setting, {}).items():
             low, high = (100 * end for end in row["interval"])
             rows.append(
                 f"| {title} | {policy} | {100 * row['rate']:.0f} [{low:.0f}, {high:.0f}] | {row['n']} |"

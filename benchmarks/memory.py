@@ -5,7 +5,8 @@
 
 A cue is shown in frames 0-7 and hidden for 64 frames. At the go frame the model imagines one chunk; a small classifier,
 trained on true pictures, says which of the three places the imagined arm went to. `history` gives true frames up to the
-go frame, `rollout` only the first twelve: everything after is imagined.
+go frame, `planned` the state of the go frame as well, so that the model plans its actions, `rollout` only the first
+twelve frames: everything after is imagined.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ from enerverse.pipelines import EnerVersePipeline
 TASK = "CueDelayReach"
 SLOT_Y = (0.10, 0.0, -0.10)
 GO = 72
-SEEN_IN_ROLLOUT = 12
 EARLY = 5
+SITUATIONS = {  # frames seen, and whether the model plans
+    "history": (GO + 1, False),
+    "planned": (GO + 1, True),
+    "rollout": (12, False),
+}
 HELD_OUT = ("test", "test_clean", "masks")
 
 
@@ -119,6 +124,7 @@ def imagined_place(
     seen: int,
     seed: int,
     steps: int,
+    planned: bool = False,
 ) -> int:
     """The place that the imagined arm is at 8 frames after the go frame."""
     views = tuple(pipe.config.views)
@@ -131,6 +137,7 @@ def imagined_place(
     imagined = pipe(
         observed, episode.task, pair, num_frames=GO + 9 - seen, memory=memory, num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed), stop_at_end=False,
+        state=episode.state[None, seen - 1] if planned else None,
     )  # fmt: skip
     return int(model(imagined.frames[:, -1].clamp(0, 1)).argmax())
 
@@ -150,12 +157,15 @@ def measure_recall(settings: Recall) -> dict[str, object]:
         int(model(pictures(e, views, slice(GO + 8, GO + 9))).argmax()) == slot_of(e) for e in long_enough
     ]
     values: dict[str, object] = {"classifier_on_truth": _rate(correct), "chance": 1 / 3}
-    for name, seen in (("history", GO + 1), ("rollout", SEEN_IN_ROLLOUT)):
+    for name, (seen, planned) in SITUATIONS.items():
+        if planned and pipe.unet.plan is None:
+            continue
         row = {}
         for memory in POLICIES:
             hits = [
-                imagined_place(pipe, model, episode, memory, seen, index, settings.steps) == slot_of(episode)
-                for index, episode in enumerate(tqdm(episodes, desc=f"{name} {memory}"))
+                imagined_place(pipe, model, episode, memory, seen, index, settings.steps, planned)
+                == slot_of(episode)
+                for index, episode in enumerate(tqdm(episodes, desc=f"{name} {memory}", disable=None))
             ]
             row[memory] = _rate(hits)
             print(name, memory, row[memory], flush=True)

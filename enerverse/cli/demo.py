@@ -138,7 +138,7 @@ def imagine_task(settings: Demo, pipe: EnerVersePipeline, task: str, takes: list
     check_observed(task, takes, seen)
     versions = {
         "instruction": imagine(pipe, takes, seen, settings.frames),
-        "actions": imagine(pipe, takes, seen, settings.frames, with_actions=True),
+        "actions": imagine(pipe, takes, seen, settings.frames, told="actions"),
     }
     return Imaginations(takes=takes, seen=seen, versions=versions)
 

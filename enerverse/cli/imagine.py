@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from enerverse.demo.imagining import Imagined
     from enerverse.demo.takes import Take
+    from enerverse.evaluate.imagination import Told
     from enerverse.pipelines import EnerVersePipeline
 
 
@@ -38,6 +39,8 @@ class Imagine:
     """What to imagine; when not given, the episode's own instruction."""
     with_actions: bool = False
     """Follow the recorded actions instead of the instruction alone."""
+    plan: bool = False
+    """Let the model plan its actions from the recorded state at the last observed frame, and follow those."""
     memory: str | None = None
     """Memory policy; when not given, the checkpoint's, sparse_uniform."""
     steps: int = 5
@@ -58,13 +61,14 @@ class Imagine:
         announce(
             f"imagine: frames {self.start} to {self.start + self.frames - 1} of episode {self.episode} in "
             f"{self.data}",
-            f"told: {self.instruction or take.task!r}{', and the recorded actions' * self.with_actions}",
+            f"told: {self.instruction or take.task!r}{', and the recorded actions' * self.with_actions}"
+            f"{', and the recorded state to plan from' * self.plan}",
             f"into {self.out}",
         )
         from enerverse.demo.imagining import imagine
 
         result = imagine(
-            pipe, [take], self.start, self.frames, with_actions=self.with_actions, task=self.instruction,
+            pipe, [take], self.start, self.frames, told=self._told(), task=self.instruction,
             memory=self.memory, steps=self.steps, guidance=self.guidance, seed=self.seed, stop_at_end=True,
         )  # fmt: skip
         write_film(self, take, result.frames[0])
@@ -82,7 +86,12 @@ class Imagine:
             with_actions=True, device=self.device,
         )  # fmt: skip
 
+    def _told(self) -> Told:
+        return "actions" if self.with_actions else "plan" if self.plan else "instruction"
+
     def _check(self) -> None:
+        if self.with_actions and self.plan:
+            raise ValueError("with-actions and plan: expected one of them, got both; leave one out")
         if self.start < 1:
             raise ValueError(f"start: expected at least one observed frame, got {self.start}")
         if self.frames < 1 or self.steps < 1:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from enerverse.demo.takes import Take
+from enerverse.evaluate.imagination import Told
 from enerverse.pipelines import EnerVersePipeline
 
 
@@ -37,7 +38,7 @@ def imagine(
     seen: int,
     count: int,
     *,
-    with_actions: bool = False,
+    told: Told = "instruction",
     task: str | None = None,
     memory: str | None = None,
     steps: int = 5,
@@ -47,15 +48,14 @@ def imagine(
 ) -> Imagined:
     """The `count` frames after the first `seen` ones of every take, all takes in one call.
 
-    with_actions: follow the takes' own actions; task: another instruction than theirs. Raises ValueError in
-    one sentence for whatever does not fit the model.
+    told: the instruction alone; the state too, so that the model plans its actions (`plan`); or the takes' own actions.
+    task: another instruction than theirs. Raises ValueError in one sentence for whatever does not fit the model.
     """
-    told: dict[str, Any] = {}
-    if with_actions:
-        told = {
-            "actions": np.stack([take.actions_after(seen, count) for take in takes]),
-            "state": np.stack([take.state[seen - 1] for take in takes]),
-        }
+    body: dict[str, Any] = {}
+    if told != "instruction":
+        body["state"] = np.stack([take.state[seen - 1] for take in takes])
+    if told == "actions":
+        body["actions"] = np.stack([take.actions_after(seen, count) for take in takes])
     cameras = (
         np.stack([take.intrinsics for take in takes]),
         np.stack([take.camera_to_world for take in takes]),
@@ -72,7 +72,7 @@ def imagine(
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
         stop_at_end=stop_at_end,
-        **told,
+        **body,
     )
     chunk = pipe.unet.config.chunk
     return Imagined(

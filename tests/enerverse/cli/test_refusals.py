@@ -50,6 +50,10 @@ def refused(said, sentence):
         (["imagine", "--data", "DATA", "--checkpoint", "RUN", "--episode", "9"], "expected 0 to 1"),
         (["imagine", "--data", "DATA", "--checkpoint", "RUN", "--start", "0"], "expected at least one observed"),
         (["imagine", "--data", "DATA", "--checkpoint", "RUN", "--start", "999"], "start: expected at most"),
+        (
+            ["imagine", "--data", "DATA", "--checkpoint", "RUN", "--with-actions", "--plan"],
+            "with-actions and plan: expected one of them, got both",
+        ),
         (["imagine", "--data", "nowhere", "--checkpoint", "RUN"], "nowhere: expected a dataset folder"),
         (["demo", "--episodes", "0"], "episodes: expected at least 1, got 0"),
         (["rollout", "--task", "Lift", "--seed", "-1"], "seed: expected 0 or more, got -1"),

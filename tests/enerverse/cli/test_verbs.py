@@ -83,6 +83,17 @@ def test_imagine_writes_a_film_and_scores_every_chunk(trained, data, call, tmp_p
     assert width > 2 * 256
 
 
+def test_imagine_by_a_plan_differs_from_the_instruction_alone(trained, data, call, tmp_path):
+    films = []
+    for words in ((), ("--plan",)):
+        film = tmp_path / f"film{len(words)}.mp4"
+        said = call("imagine", "--data", data, "--checkpoint", trained, "--out", film, "--steps", 1, *words)
+        assert said.code == 0
+        assert ("recorded state to plan from" in said.out) == bool(words)
+        films.append(film.read_bytes())
+    assert films[0] != films[1]
+
+
 def test_imagine_goes_on_where_the_recording_ends(trained, data, call, tmp_path):
     words = ("--checkpoint", trained / "checkpoint", "--data", data, "--start", 30, "--frames", 24)
     said = call(
