@@ -51,11 +51,6 @@ def imagine(
     told: the instruction alone; the state too, so that the model plans its actions (`plan`); or the takes' own actions.
     task: another instruction than theirs. Raises ValueError in one sentence for whatever does not fit the model.
     """
-    body: dict[str, Any] = {}
-    if told != "instruction":
-        body["state"] = np.stack([take.state[seen - 1] for take in takes])
-    if told == "actions":
-        body["actions"] = np.stack([take.actions_after(seen, count) for take in takes])
     cameras = (
         np.stack([take.intrinsics for take in takes]),
         np.stack([take.camera_to_world for take in takes]),
@@ -72,7 +67,7 @@ def imagine(
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
         stop_at_end=stop_at_end,
-        **body,
+        **_body(takes, seen, count, told),
     )
     chunk = pipe.unet.config.chunk
     return Imagined(
@@ -81,6 +76,16 @@ def imagine(
         chunks=math.ceil(result.frames.shape[1] / chunk),
         seconds=time.perf_counter() - began,
     )
+
+
+def _body(takes: Sequence[Take], seen: int, count: int, told: Told) -> dict[str, Any]:
+    """What the pipeline is told of the robot itself."""
+    body = {}
+    if told != "instruction":
+        body["state"] = np.stack([take.state[seen - 1] for take in takes])
+    if told == "actions":
+        body["actions"] = np.stack([take.actions_after(seen, count) for take in takes])
+    return body
 
 
 def frame_psnr(frames: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> np.ndarray:

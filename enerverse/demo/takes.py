@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dataengine.episodes import Episode
+from enerverse.data.actions import actions_ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,8 @@ class Take:
 
     def actions_after(self, seen: int, count: int) -> np.ndarray:
         """The actions [count, A] that lead to frames seen, seen + 1, ...; past the end the arm rests."""
-        taken = self.action[seen - 1 : seen - 1 + count]
-        resting = np.zeros((count - len(taken), self.action.shape[1]), np.float32)
-        resting[:, -1] = self.action[-1, -1]
-        return np.concatenate([taken, resting])
+        rows = torch.arange(seen - 1, seen - 1 + count)[None]
+        return actions_ahead(torch.from_numpy(self.action), rows, torch.tensor([len(self)]))[0].numpy()
 
 
 def from_episode(episode: Episode) -> Take:

@@ -79,18 +79,10 @@ class VideoUNet(Component):
 
         self.inputs = FrameConv(2 * channels + 1 + RAY_CHANNELS + PATH_CHANNELS, widths[0])
         self.place = nn.Parameter(torch.zeros(grid, grid, widths[0]))
-        self.time_mlp = nn.Sequential(
-            nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
-        self.slot_mlp = nn.Sequential(
-            nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
-        self.text_mlp = nn.Sequential(
-            nn.Linear(text_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
-        self.action_mlp = nn.Sequential(
-            nn.Linear(2 * action_dim, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
+        self.time_mlp = _mlp(embedding, embedding)
+        self.slot_mlp = _mlp(embedding, embedding)
+        self.text_mlp = _mlp(text_width, embedding)
+        self.action_mlp = _mlp(2 * action_dim, embedding)
         levels = range(len(widths))
         self.down = nn.ModuleList(stage(level) for level in levels)
         self.downsample = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in levels[:-1])
@@ -176,6 +168,10 @@ class VideoUNet(Component):
             path[:, :, self.memory :] = conditions.path * _presence(conditions, conditions.path)
         stacked = torch.cat([frames, last, mask, rays[:, :, None].expand(-1, -1, t, -1, -1, -1), path], 3)
         return stacked.permute(0, 1, 2, 4, 5, 3)
+
+
+def _mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
 
 def _presence(conditions: Conditions, like: Tensor) -> Tensor:

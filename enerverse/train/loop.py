@@ -97,17 +97,7 @@ def train(
     and ValueError where no checkpoint in `run` is whole.
     """
     run.mkdir(parents=True, exist_ok=True)
-    # Accelerate keeps the first precision it was given for the whole process; one process may train several parts.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
-    optimizer = torch.optim.AdamW(
-        task.module.parameters(),
-        lr=config.rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        foreach=True,
-    )
-    module, optimizer = accelerator.prepare(task.module, optimizer)
+    accelerator, module, optimizer = _prepare(task.module, config, device)
     plain = accelerator.unwrap_model(module)
     average = WeightAverage(plain, config.average)
     start = resume(run, plain, average, optimizer)
@@ -125,17 +115,12 @@ def train(
             row = _one_step(task, module, optimizer, accelerator, config, step)
             average.update(plain, step + 1)
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                row |= {"step": done, **spent.seconds()}
-                _record(run, row, bar, writer)
-            if (
-                evaluate is not None
-                and evaluate_every
-                and (done % evaluate_every == 0 or done == config.steps)
-            ):
+            if _due(done, config.log_every, config.steps):
+                _record(run, row | {"step": done, **spent.seconds()}, bar, writer)
+            if evaluate is not None and _due(done, evaluate_every, config.steps):
                 append_metrics(run, {"step": done, **_evaluate_average(plain, average, evaluate, done)})
             stop = interrupted()
-            if done % config.save_every == 0 or done == config.steps or stop:
+            if stop or _due(done, config.save_every, config.steps):
                 save_checkpoint(run, done, plain, average, optimizer)
             if stop and done < config.steps:
                 raise TrainingStopped(
@@ -143,6 +128,29 @@ def train(
                 )
     plain.load_state_dict(average.average)
     return plain
+
+
+def _prepare(
+    module: nn.Module, config: TrainConfig, device: str | None
+) -> tuple[Accelerator, nn.Module, Any]:
+    """Accelerate's front for `module`, the module as it wraps it, and the optimiser."""
+    # Accelerate keeps the first precision it was given for the whole process; one process may train several parts.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=config.rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+    module, optimizer = accelerator.prepare(module, optimizer)
+    return accelerator, module, optimizer
+
+
+def _due(done: int, every: int, steps: int) -> bool:
+    """Whether something done every so many steps (0: never), and at the end, is due after step `done`."""
+    return every > 0 and (done % every == 0 or done == steps)
 
 
 class _Spent:
