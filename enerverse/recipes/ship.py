@@ -21,14 +21,21 @@ from enerverse.recipes.tiny import SPLITS, TASKS
 
 HOME = Path(enerverse.__file__).parent / "checkpoints" / "tiny"
 LIMIT_MB = 16
+MODES = {
+    "instruction": "imagined from the instruction",
+    "plan": "by planned actions",
+    "actions": "given the actions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ship:
-    """Copy `run/checkpoint` to the package folder. run: recipe folder. to: where the package keeps it."""
+    """Copy `run/checkpoint` to the package folder. run: recipe folder. to: where the package keeps it. results: where
+    `make bench` wrote what it measured of this run; the card quotes it."""
 
     run: Path = Path("runs/tiny")
     to: Path = HOME
+    results: Path = Path("benchmarks/results")
 
 
 def training_rows(run: Path) -> list[str]:
@@ -77,8 +84,37 @@ def datasets(run: Path, split: str) -> list[Path]:
     return [found[name] for name in sorted(found, key=lambda name: ([*TASKS, name].index(name), name))]
 
 
-def card(run: Path) -> str:
+def measured_rows(results: Path) -> list[str]:
+    """One table row per headline figure under `results`, with its 95 % interval; none before it was measured."""
+    found = {path.stem: read_json(path)["values"] for path in sorted(results.rglob("*.json"))}
+    rows = []
+    for mode, spans in found.get("imagination", {}).get("test", {}).items():
+        for span, row in spans.items() if mode.split("_")[0] in MODES else ():
+            low, high = row["gain_interval"]
+            name = f"{MODES[mode.split('_')[0]]}, {mode.split('_', 1)[1].replace('_', ' ')}"
+            rows.append(
+                f"| {name}, frames {span}: gain over copying | {row['gain']:+.1f} dB [{low:+.1f}, {high:+.1f}] |"
+            )
+    for task, row in found.get("policies", {}).get("tokens", {}).items():
+        if task in TASKS:
+            rows.append(f"| policy, {task}: success | {_percent(row['success'], row['interval'])} |")
+    for setting, policies in found.get("memory_recall", {}).items():
+        if isinstance(policies, dict) and "sparse_uniform" in policies:
+            row = policies["sparse_uniform"]
+            rows.append(
+                f"| cue recall, {setting}, sparse memory | {_percent(row['rate'], row['interval'])} |"
+            )
+    return rows
+
+
+def _percent(rate: float, interval: list[float]) -> str:
+    low, high = (100 * end for end in interval)
+    return f"{100 * rate:.0f} % [{low:.0f}, {high:.0f}]"
+
+
+def card(run: Path, results: Path) -> str:
     """The text of `card.md`."""
+    measured = "\n".join(["| figure | value |", "|---|---|", *measured_rows(results)])
     data = "\n".join(data_rows(run))
     table = "\n".join(training_rows(run))
     return f"""# tiny
@@ -106,7 +142,10 @@ Weights are stored in half precision and load as float32. `policy/` holds the ac
 
 ## Figures
 
-Measured by `make bench`; tables, intervals and controls stand in the project's README and in `benchmarks/results`.
+Measured by `make bench` on held-out episodes and seeds; controls and everything else stand in the project's README and in
+`benchmarks/results`.
+
+{measured}
 
 ## Limits
 
@@ -128,7 +167,7 @@ def main(settings: Ship) -> None:
     shutil.rmtree(settings.to, ignore_errors=True)
     shutil.copytree(source, settings.to)
     with atomic_write(settings.to / "card.md") as temporary:
-        temporary.write_text(card(settings.run), encoding="utf-8")
+        temporary.write_text(card(settings.run, settings.results), encoding="utf-8")
     print(json.dumps({"checkpoint": str(settings.to), "megabytes": round(megabytes, 1)}))
 
 

@@ -109,7 +109,7 @@ def test_the_card_counts_what_the_run_holds(tmp_path):
             for step, seconds in ((10, 5.0), (20, 9.0), (30, 2.0))
         ]
         (tmp_path / part / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = ship.card(tmp_path)
+    text = ship.card(tmp_path, tmp_path / "results")
     row = next(line for line in text.splitlines() if line.startswith("| Push"))
     episodes, disturbed, undisturbed, frames = (int(cell) for cell in row.split("|")[2:6])
     assert (episodes, frames) == (20, 40)
@@ -118,3 +118,25 @@ def test_the_card_counts_what_the_run_holds(tmp_path):
     assert row.endswith("| 100000 to 100019 |")
     assert "Held out: test (2 episodes, seeds + 50000)." in text
     assert "| world | 30 | 8 | 0 | 11 | 0.5000 |" in text
+    assert "| figure | value |" in text
+
+
+def test_the_card_quotes_what_was_measured(tmp_path):
+    gains = {"1-8": {"gain": 5.04, "gain_interval": [4.71, 5.4]}}
+    measured = {
+        "imagination": {"test": {"copy_last": gains, "plan_5_steps": gains}},
+        "policies": {"tokens": {"Lift": {"success": 0.9, "interval": [0.8, 0.95]}, "p_against_latents": 0.1}},
+        "memory_recall": {
+            "chance": 1 / 3,
+            "history": {"sparse_uniform": {"rate": 0.5, "interval": [0.4, 0.6]}},
+        },
+    }
+    (tmp_path / "cpu").mkdir()
+    for case, values in measured.items():
+        (tmp_path / "cpu" / f"{case}.json").write_text(json.dumps({"values": values}))
+    assert ship.measured_rows(tmp_path) == [
+        "| by planned actions, 5 steps, frames 1-8: gain over copying | +5.0 dB [+4.7, +5.4] |",
+        "| policy, Lift: success | 90 % [80, 95] |",
+        "| cue recall, history, sparse memory | 50 % [40, 60] |",
+    ]
+    assert ship.measured_rows(tmp_path / "nowhere") == []
