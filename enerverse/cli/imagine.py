@@ -54,9 +54,13 @@ class Imagine:
 
     def run(self) -> None:
         """Imagine, write the video, print the score of every chunk."""
+        from enerverse.pipelines.inputs import check_plan
+
         self._check()
         pipe = load_world(self.checkpoint, self.device)
         pipe.make_memory(self.memory)
+        if self.plan:
+            check_plan(pipe)
         take = read_take(self, pipe)
         announce(
             f"imagine: frames {self.start} to {self.start + self.frames - 1} of episode {self.episode} in "
@@ -83,6 +87,7 @@ class Imagine:
             return command("enerverse rollout", checkpoint=self.checkpoint, task=task, device=self.device)
         return command(
             "enerverse imagine", checkpoint=self.checkpoint, data=self.data, episode=self.episode or None,
+            start=self.start if self.start != 8 else None, frames=self.frames if self.frames != 32 else None,
             with_actions=True, device=self.device,
         )  # fmt: skip
 

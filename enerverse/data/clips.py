@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, fields, replace
 
@@ -14,6 +15,8 @@ from enerverse.data.actions import actions_ahead
 from enerverse.data.latents import LatentEpisodes
 from enerverse.memory import make_memory
 from enerverse.views import commanded_path, path_map, ray_map
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ class ClipConfig:
     mix: tuple[float, float, float, float] = (0.3, 0.5, 0.1, 0.1)
     stillness: float = 0.3
     onset: float = 0.4
-    emphasis: dict[str, float] = field(default_factory=dict)
+    emphasis: dict[str, float] = field(default_factory=dict, hash=False)
     action_scale: tuple[float, float, float] = (0.016, 0.016, 0.016)
     command: int = 8
 
@@ -77,8 +80,8 @@ class ClipConfig:
         if not 0 <= self.onset <= 1:
             raise ValueError(f"onset: expected a share from 0 to 1, got {self.onset}")
         for kind, weight in self.emphasis.items():
-            if not 0 < weight < math.inf:
-                raise ValueError(f"emphasis[{kind!r}]: expected a finite weight above 0, got {weight}")
+            if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+                raise ValueError(f"emphasis[{kind!r}]: expected a finite weight above 0, got {weight!r}")
 
 
 class ClipSampler:
@@ -99,6 +102,8 @@ class ClipSampler:
         lengths = [self.episodes.length(index) for index in indices]
         rows = np.stack([np.repeat(indices, lengths), np.concatenate([np.arange(n) for n in lengths])], 1)
         kinds = np.array([_task_kind(task) for task in self.episodes.tasks])[rows[:, 0]]
+        if absent := sorted(set(self.config.emphasis) - set(kinds.tolist())):
+            log.info("emphasis: no task begins with %s; there are %s", absent, np.unique(kinds).tolist())
         weights = self.config.stillness + (1 - self.config.stillness) * ahead / max(ahead.mean(), 1e-8)
         for kind in np.unique(kinds):
             group = kinds == kind

@@ -62,6 +62,11 @@ def read_images(images: Any, views: tuple[str, ...], size: int) -> Tensor:
         if frames.ndim > 2 and frames.shape[-1] == 3 and frames.shape[-3] != 3:
             frames = frames.movedim(-1, -3)
         frames = frames.float() / 255
+    elif frames.ndim > 4 and frames.shape[-1] == 3 and frames.shape[-3] != 3:
+        raise ValueError(
+            f"images: expected {expected}, got {frames.dtype} {list(frames.shape)}; pass uint8 pictures, or move the "
+            "channels before the pixels and scale to [0, 1]"
+        )
     frames = frames[None] if frames.ndim == 5 else frames
     if frames.ndim != 6 or frames.shape[3] != 3:
         raise ValueError(
@@ -115,6 +120,15 @@ def read_state(state: Any, batch: int, width: int) -> Tensor:
     if not torch.isfinite(values).all():
         raise ValueError("state: expected finite values, got NaN or infinity; check the sensors")
     return values
+
+
+def check_plan(pipe: EnerVersePipeline) -> None:
+    """ValueError where the world model has no plan, and so cannot choose actions."""
+    if pipe.unet.plan is None:
+        raise ValueError(
+            "plan: expected a world model that plans actions (UNetConfig.plan_tokens above 0), got one without a plan; "
+            "give the actions, or leave the state out and imagine from the instruction alone"
+        )
 
 
 def _read_latents(pipe: EnerVersePipeline, images: Any, views: tuple[str, ...], size: int) -> Tensor:
@@ -185,11 +199,7 @@ def _add_body(
     body = read_state(state, count, pipe.config.command + 3).to(pipe.device)
     gripper = gripper_start(body, pipe.clip_config)
     if actions is None:
-        if pipe.unet.plan is None:
-            raise ValueError(
-                "actions: expected [B, T, A] beside state, got None and a UNet without a plan of its own; pass the "
-                "actions or leave the state out"
-            )
+        check_plan(pipe)
         return replace(seen, gripper=gripper)
     moves = read_actions(actions, "actions", count, num_frames, width)
     spare = -moves.shape[1] % pipe.unet.config.chunk

@@ -14,7 +14,7 @@ from enerverse.data.clips import ClipConfig
 from enerverse.diffusion import Generators, denoise, draw_noise, make_objective
 from enerverse.memory import MemoryPolicy, MemoryState, make_memory, push_chunk, read_context, start_memory
 from enerverse.model import Conditions
-from enerverse.pipelines.inputs import Observation, check_options, read_observation
+from enerverse.pipelines.inputs import Observation, check_options, check_plan, read_observation
 from enerverse.pipelines.saving import SavedPipeline
 from enerverse.views import commanded_path, path_map, ray_map
 
@@ -120,8 +120,8 @@ class EnerVersePipeline(SavedPipeline):
         [B, n, V, C, h, w]; cameras: `info["cameras"]`, `dataengine.cameras.Cameras` or a pair of intrinsics [V, 3, 3]
         and camera_to_world [V, 4, 4]; actions [B, num_frames, A] in [-1, 1] with proprioception `state` [B, S] at the
         last observed frame turn imagination into simulation; with the state alone the model plans the actions itself,
-        chunk by chunk, and simulates those; generator: one, or a list of one per episode. Raises ValueError, in one
-        sentence, for wrong shapes, values or names."""
+        chunk by chunk, and simulates those (guidance reaches the pictures, not the plan); generator: one, or a list of
+        one per episode. Raises ValueError, in one sentence, for wrong shapes, values or names."""
         check_options(output_type, num_frames, num_inference_steps, guidance_scale, generator)
         policy, size = self.make_memory(memory), self.unet.config.chunk
         seen = read_observation(self, images, instruction, cameras, actions, state, num_frames)
@@ -191,6 +191,7 @@ class EnerVersePipeline(SavedPipeline):
         generator: Generators = None,
     ) -> Tensor:
         """The actions [B, M, A] in [-1, 1] that the UNet's plan would take next, from one pass down at pure noise."""
+        check_plan(self)
         context, offsets = read_context(policy, past)
         shape = (*context.shape[:2], self.unet.config.chunk, *context.shape[3:])
         noise, time = (
@@ -221,19 +222,22 @@ class EnerVersePipeline(SavedPipeline):
         instruction: str | list[str],
         cameras: Any,
         *,
+        state: Any = None,
         memory: str | None = None,
         num_inference_steps: int = 5,
         guidance_scale: float = 1.0,
         generator: Generators = None,
     ) -> Iterator[Tensor]:
-        """Chunks of frames [B, M, V, 3, P, P], without end and in constant memory."""
+        """Chunks of frames [B, M, V, 3, P, P], without end and in constant memory; with proprioception `state` [B, S] by
+        actions that the model plans."""
         check_options("pt", 1, num_inference_steps, guidance_scale, generator)
         policy = self.make_memory(memory)
-        seen = read_observation(self, images, instruction, cameras, None, None, 0)
+        seen = read_observation(self, images, instruction, cameras, None, state, 0)
         past = start_memory(policy, seen.latents)
         while True:
+            told, seen = self._choose_moves(seen, past, policy, 0, generator)
             chunk, past = self.imagine_chunk(
-                past, policy, seen.rays, seen.text, None, num_inference_steps, guidance_scale, generator
+                past, policy, seen.rays, seen.text, told, num_inference_steps, guidance_scale, generator
             )
             yield self.read_out(chunk, "pt")
 

@@ -34,6 +34,14 @@ class WorldLossConfig:
     localize: float = 1.0
     act: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("drop_text", "drop_actions"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+        for name in ("memory_noise", "ended_weight", "channel_power", "localize", "act"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+
 
 class WorldModel(nn.Module):
     """The trained parts together: UNet, instruction encoder, and a reader of facts that serves training alone."""

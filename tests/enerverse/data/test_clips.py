@@ -163,10 +163,18 @@ def test_emphasis_draws_a_kind_of_task_more_often(make_episodes):
     torch.testing.assert_close(shares, torch.tensor([0.2, 0.4, 0.4]), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_emphasis_of_a_kind_that_is_not_there_is_logged(make_episodes, caplog):
+    config = ClipConfig(emphasis={"Lift": 2.0})
+    with caplog.at_level("INFO"):
+        ClipSampler(make_episodes((40, 40)), config)
+    assert "no task begins with ['Lift']; there are ['lift', 'push']" in caplog.text
+    assert isinstance(hash(config), int)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan"), "x"])
 def test_emphasis_is_a_finite_weight_above_zero(weight):
     with pytest.raises(
-        ValueError, match=rf"emphasis\['reach'\]: expected a finite weight above 0, got {weight}"
+        ValueError, match=rf"emphasis\['reach'\]: expected a finite weight above 0, got {weight!r}"
     ):
         ClipConfig(emphasis={"reach": weight})
 

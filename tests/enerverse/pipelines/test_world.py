@@ -296,6 +296,19 @@ def test_a_planned_path_goes_on_where_the_last_chunk_ended(planner, pictures, ca
     assert torch.equal(free.actions, plan["actions"][:, :13])
 
 
+def test_a_stream_may_be_planned_too(planner, pictures, cameras, plan):
+    options = {"state": plan["state"], "generator": seeded()}
+    chunks = list(islice(planner.stream(pictures[0], "lift", cameras, **options), 2))
+    options = {"state": plan["state"], "generator": seeded(), "num_frames": 16, "stop_at_end": False}
+    frames = planner(pictures[0], "lift", cameras, **options).frames
+    torch.testing.assert_close(torch.cat(chunks, 1), frames)
+
+
+def test_a_world_without_a_plan_plans_nothing(pipe):
+    with pytest.raises(ValueError, match="plan: expected a world model that plans actions"):
+        pipe.plan_actions(None, None, None, None)
+
+
 def test_imagination_without_actions_has_none(imagine):
     assert imagine().actions is None
 

@@ -11,7 +11,7 @@ import torch
 
 from enerverse.model import Conditions
 from enerverse.train.stages import build_reader
-from enerverse.train.world import measure_residual_scale, noisy_memory
+from enerverse.train.world import WorldLossConfig, measure_residual_scale, noisy_memory
 
 runs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("interrupted.py"))))
 
@@ -155,6 +155,20 @@ def test_where_every_sample_is_told_its_actions_the_plan_is_not_asked():
     total, logs = task.loss(task.batch(0), seeded())
     assert logs["actions"] == 0
     assert total.item() == pytest.approx(logs["pictures"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["drop_text", "drop_actions"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_shares_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected a share from 0 to 1, got {value}"):
+        WorldLossConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["memory_noise", "ended_weight", "channel_power", "localize", "act"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_weights_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected a finite number of at least 0, got {value}"):
+        WorldLossConfig(**{name: value})
 
 
 def test_where_nothing_moves_the_residual_scale_is_not_zero():
