@@ -44,7 +44,7 @@ class Imagination:
 
     run: Path = Path("runs/tiny")
     world: Path | None = None
-    windows: int = 2
+    windows: int = 1
     samples: int = 8
     steps: int = 5
     seed: int = 0
