@@ -1,0 +1,364 @@
+"""Which keys each query looks at: masks kept as lists of blocks, so that no [Tq, Tk] tensor ever exists.
+
+`BlockMask` has flex_attention's layout. Every method of `sparse_core.methods.attention` makes one of the masks of this
+module, and the kernels of `sparse_core.kernels.block_attention` read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""rule(b, h, i, j) -> bool: whether query i of head h and sample b looks at key j; index tensors that broadcast."""
+
+CHUNK = 2**22  # token pairs whose rule is asked at once
+
+
+def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The rule of a decoder: a query looks at itself and at what came before."""
+    return i >= j
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockMask:
+    """Key blocks per query block, as index lists.
+
+    kv_num [B, H, Kq] int32 counts, and the first so many of kv_idx [B, H, Kq, cap] int32 name, in ascending order, the
+    key blocks in which `rule` decides token by token (without a rule they are full); full_kv_num, full_kv_idx: those
+    of which every pair is kept. B and H may be 1 and then stand for all. block_size (bq, bk) in tokens; q_len and
+    kv_len tokens, of which the last block may hold fewer. A query row without any key gives 0.
+    """
+
+    kv_num: Tensor
+    kv_idx: Tensor
+    full_kv_num: Tensor
+    full_kv_idx: Tensor
+    block_size: tuple[int, int]
+    q_len: int
+    kv_len: int
+    rule: Rule | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, H, Kq, Kk] in blocks."""
+        b, h, queries = self.kv_num.shape
+        return b, h, queries, _blocks(self.kv_len, self.block_size[1])
+
+    @classmethod
+    def from_dense_blocks(
+        cls,
+        blocks: Tensor,
+        *,
+        block_size: int | tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        full: Tensor | None = None,
+        rule: Rule | None = None,
+    ) -> BlockMask:
+        """From bool [B, H, Kq, Kk] (leading axes may be missing): `blocks` are looked at, and of these `full` in every
+        pair; with a rule and no `full`, the rule decides in every block. Raises ValueError for another shape."""
+        size = _check_sizes(block_size, q_len, kv_len)
+        blocks = _check_blocks("blocks", blocks, size, q_len, kv_len)
+        if full is None:
+            full = torch.zeros_like(blocks) if rule is not None else blocks
+        full = _check_blocks("full", full, size, q_len, kv_len) & blocks
+        lists = (*_to_lists(blocks & ~full), *_to_lists(full))
+        return cls(
+            kv_num=lists[0], kv_idx=lists[1], full_kv_num=lists[2], full_kv_idx=lists[3],
+            block_size=size, q_len=q_len, kv_len=kv_len, rule=rule,
+        )  # fmt: skip
+
+    @classmethod
+    def from_topk(
+        cls, scores: Tensor, k: int, *, block_size: int | tuple[int, int], q_len: int, kv_len: int,
+        force: Tensor | None = None, rule: Rule | None = None,
+    ) -> BlockMask:  # fmt: skip
+        """The `k` key blocks of highest score [B, H, Kq, Kk] per query block, and those of `force` (bool, broadcasts)
+        besides; scores of -inf are never taken, and of equal ones the lower index wins."""
+        if k < 0:
+            raise ValueError(f"k: expected 0 or more blocks per query block, got {k}")
+        size = _check_sizes(block_size, q_len, kv_len)
+        _check_blocks("scores", scores, size, q_len, kv_len)
+        if scores.isnan().any():
+            raise ValueError("scores: expected numbers, got NaN; check what made them")
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True) & (scores > -torch.inf)
+        if force is not None:
+            chosen = chosen | force
+        return cls.from_dense_blocks(chosen, block_size=size, q_len=q_len, kv_len=kv_len, rule=rule)._settle()
+
+    @classmethod
+    def from_rule(
+        cls, rule: Rule, *, q_len: int, kv_len: int, block_size: int | tuple[int, int] = 64, batch: int = 1,
+        heads: int = 1, device: torch.device | str = "cpu",
+    ) -> BlockMask:  # fmt: skip
+        """Every block in which `rule` keeps a pair; it is asked for all pairs, some query blocks at a time."""
+        size = _check_sizes(block_size, q_len, kv_len)
+        shape = (batch, heads, _blocks(q_len, size[0]), _blocks(kv_len, size[1]))
+        everything = torch.ones(shape, dtype=torch.bool, device=device)
+        mask = cls.from_dense_blocks(everything, block_size=size, q_len=q_len, kv_len=kv_len, rule=rule)
+        return mask._settle()
+
+    @classmethod
+    def from_csr(
+        cls, offsets: Tensor, columns: Tensor, *, block_size: int | tuple[int, int], q_len: int, kv_len: int,
+        heads: int = 1, batch: int = 1, rule: Rule | None = None,
+    ) -> BlockMask:  # fmt: skip
+        """From compressed rows over all (sample, head, query block) in order: row r holds columns[offsets[r] :
+        offsets[r + 1]], indices of key blocks."""
+        size = _check_sizes(block_size, q_len, kv_len)
+        rows = batch * heads * _blocks(q_len, size[0])
+        if len(offsets) != rows + 1 or int(offsets[-1]) != len(columns):
+            raise ValueError(
+                f"offsets: expected {rows + 1} entries of which the last is {len(columns)}, got {len(offsets)} and "
+                f"{int(offsets[-1])}; give one row per sample, head and query block"
+            )
+        blocks = torch.zeros(rows, _blocks(kv_len, size[1]), dtype=torch.bool, device=columns.device)
+        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < blocks.shape[1]:
+            raise ValueError(
+                f"columns: expected blocks 0 to {blocks.shape[1] - 1}, got {int(columns.min())} to {int(columns.max())}"
+            )
+        owner = torch.repeat_interleave(torch.arange(rows, device=columns.device), offsets.diff())
+        blocks[owner, columns.long()] = True
+        blocks = blocks.view(batch, heads, -1, blocks.shape[1])
+        return cls.from_dense_blocks(blocks, block_size=size, q_len=q_len, kv_len=kv_len, rule=rule)
+
+    @cached_property
+    def partial_blocks(self) -> Tensor:
+        """bool [B, H, Kq, Kk]: blocks in which the rule decides."""
+        return _to_blocks(self.kv_num, self.kv_idx, self.shape[-1])
+
+    @cached_property
+    def full_blocks(self) -> Tensor:
+        """bool [B, H, Kq, Kk]: blocks that are kept whole."""
+        return _to_blocks(self.full_kv_num, self.full_kv_idx, self.shape[-1])
+
+    @property
+    def blocks(self) -> Tensor:
+        """bool [B, H, Kq, Kk]: blocks that are looked at, wholly or in part."""
+        return self.partial_blocks | self.full_blocks
+
+    def keeps(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Whether query i of sample b and head h looks at key j; index tensors that broadcast. This is a `Rule`."""
+        b, h = (index.clamp_max(size - 1) for index, size in zip((b, h), self.shape[:2], strict=True))
+        place = (b, h, i // self.block_size[0], j // self.block_size[1])
+        kept = self.partial_blocks[place]
+        if self.rule is not None:
+            kept = kept & self.rule(b, h, i, j)
+        return kept | self.full_blocks[place]
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        """Pairs that either mask keeps."""
+        self._check_alike(other)
+        full = self.full_blocks | other.full_blocks
+        return self._combine(
+            self.blocks | other.blocks, full, lambda *index: self.keeps(*index) | other.keeps(*index)
+        )
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        """Pairs that both masks keep."""
+        self._check_alike(other)
+        full = self.full_blocks & other.full_blocks
+        return self._combine(
+            self.blocks & other.blocks, full, lambda *index: self.keeps(*index) & other.keeps(*index)
+        )
+
+    def _combine(self, blocks: Tensor, full: Tensor, rule: Rule) -> BlockMask:
+        if not (blocks & ~full).any():
+            rule = None  # type: ignore[assignment]
+        return BlockMask.from_dense_blocks(
+            blocks, full=full.expand_as(blocks), rule=rule, block_size=self.block_size,
+            q_len=self.q_len, kv_len=self.kv_len,
+        )._settle()  # fmt: skip
+
+    def transpose(self) -> BlockMask:
+        """Queries and keys exchanged: which query blocks look at each key block."""
+        rule = self.rule
+        return BlockMask.from_dense_blocks(
+            self.blocks.mT, full=self.full_blocks.mT, block_size=self.block_size[::-1], q_len=self.kv_len,
+            kv_len=self.q_len, rule=None if rule is None else lambda b, h, i, j: rule(b, h, j, i),
+        )  # fmt: skip
+
+    def to_csr(self) -> tuple[Tensor, Tensor]:
+        """Offsets [B H Kq + 1] and columns int64 of the blocks that are looked at, rows in order of sample, head, query
+        block."""
+        rows = self.blocks.flatten(0, 2)
+        zero = torch.zeros(1, dtype=torch.long, device=rows.device)
+        return torch.cat([zero, rows.sum(1).cumsum(0)]), rows.nonzero()[:, 1]
+
+    def density(self, allowed: BlockMask | None = None) -> float:
+        """Kept pairs of a query and a key, as a share of all, or of those that `allowed` keeps."""
+        everything = self.shape[0] * self.shape[1] * self.q_len * self.kv_len
+        if allowed is not None:
+            everything = (
+                allowed.pairs().sum().item() * (self.shape[0] * self.shape[1]) / allowed.pairs().numel()
+            )
+        return float(self.pairs().sum().item() / max(1, everything))
+
+    def pairs(self) -> Tensor:
+        """Kept pairs [B, H] of a query and a key."""
+        sizes = [
+            _sizes(length, block)
+            for length, block in zip((self.q_len, self.kv_len), self.block_size, strict=True)
+        ]
+        area = (sizes[0][:, None] * sizes[1]).to(self.kv_num.device)
+        whole = (self.full_blocks * area).sum((-2, -1))
+        tiles, _ = self.tiles
+        counts = torch.zeros_like(whole).flatten()
+        if tiles.numel():
+            owner = self.partial_blocks.flatten(0, 1).nonzero()[:, 0]
+            counts.index_add_(0, owner, tiles.flatten(1).sum(1)[self.tiles[1]])
+        return whole + counts.view_as(whole)
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """The different token patterns of the partial blocks, bool [n, bq, bk], and which one each partial block has, in
+        the order of `partial_blocks.nonzero()`. Pairs past the last token are False."""
+        places = self.partial_blocks.nonzero()
+        (bq, bk), device = self.block_size, places.device
+        found = torch.zeros(len(places), bq, bk, dtype=torch.bool, device=device)
+        i, j = torch.arange(bq, device=device)[:, None], torch.arange(bk, device=device)
+        for first in range(0, len(places), max(1, CHUNK // (bq * bk))):
+            part = slice(first, first + max(1, CHUNK // (bq * bk)))
+            b, h, row, column = (index[:, None, None] for index in places[part].unbind(1))
+            query, key = row * bq + i, column * bk + j
+            inside = (query < self.q_len) & (key < self.kv_len)
+            found[part] = inside if self.rule is None else inside & self.rule(b, h, query, key)
+        if not len(places):
+            return found, torch.zeros(0, dtype=torch.long, device=device)
+        unique, which = found.flatten(1).to(torch.uint8).unique(dim=0, return_inverse=True)
+        return unique.bool().view(-1, bq, bk), which
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask as compressed rows, in order of sample, head, query block: offsets [B H Kq + 1] and key blocks as in
+        `to_csr`, and per entry -1 for a full block, else which of `tiles` it has."""
+        offsets, columns = self.to_csr()
+        pattern = torch.full(self.blocks.shape, -1, dtype=torch.long, device=columns.device)
+        pattern[self.partial_blocks & ~self.full_blocks] = self.tiles[1]
+        return offsets, columns, pattern[self.blocks]
+
+    def _settle(self) -> BlockMask:
+        """The same mask: blocks that the rule keeps whole are called full, those of which it keeps nothing are left out."""
+        if self.rule is None:
+            return self
+        tiles, which = self.tiles
+        places = self.partial_blocks.nonzero()
+        rows, columns = (
+            _sizes(length, block)[index].to(places.device)
+            for length, block, index in zip(
+                (self.q_len, self.kv_len),
+                self.block_size,
+                (places[:, 2].cpu(), places[:, 3].cpu()),
+                strict=True,
+            )
+        )
+        kept = tiles.flatten(1).sum(1)[which] if len(places) else rows
+        full, partial = self.full_blocks.clone(), torch.zeros_like(self.full_blocks)
+        full[tuple(places[kept == rows * columns].T)] = True
+        partial[tuple(places[(kept > 0) & (kept < rows * columns)].T)] = True
+        rule = self.rule if partial.any() else None
+        return BlockMask.from_dense_blocks(
+            partial | full,
+            full=full,
+            rule=rule,
+            block_size=self.block_size,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+        )
+
+    def to_token_mask(self) -> Tensor:
+        """bool [B, H, q_len, kv_len]. For tests and the reference: it is as large as dense attention."""
+        b, h = (torch.arange(size, device=self.kv_num.device) for size in self.shape[:2])
+        i, j = (torch.arange(size, device=self.kv_num.device) for size in (self.q_len, self.kv_len))
+        return self.keeps(b[:, None, None, None], h[:, None, None], i[:, None], j).expand(
+            *self.shape[:2], self.q_len, self.kv_len
+        )
+
+    def to_torch(self) -> object:
+        """The mask as a `torch.nn.attention.flex_attention.BlockMask`."""
+        from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
+
+        rule = self.keeps
+        return TorchBlockMask.from_kv_blocks(
+            self.kv_num, self.kv_idx, self.full_kv_num, self.full_kv_idx, BLOCK_SIZE=self.block_size,
+            mask_mod=rule, seq_lengths=(self.q_len, self.kv_len),
+        )  # fmt: skip
+
+    def kv_efficient(self) -> bool:
+        """Whether a key block that a query block does not look at is never looked at again further down, so that a
+        decoder may drop it from its cache (S2-Attention, arXiv 2407.17678). The block on the diagonal may begin."""
+        bq, bk = self.block_size
+        rows = torch.arange(self.shape[2], device=self.kv_num.device)[:, None] * bq // bk
+        below = rows > torch.arange(self.shape[3], device=self.kv_num.device)
+        again = self.blocks[..., 1:, :] & ~self.blocks[..., :-1, :] & below[:-1]
+        return not bool(again.any())
+
+    def coverage(self, allowed: BlockMask | None = None) -> float:
+        """Blocks that at least one head looks at, as a share of all, or of those that `allowed` looks at."""
+        seen = self.blocks.any(1, keepdim=True)
+        possible = (
+            torch.ones_like(seen) if allowed is None else allowed.blocks.any(1, keepdim=True).expand_as(seen)
+        )
+        return float((seen & possible).sum() / possible.sum().clamp_min(1))
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask with its lists on `device`."""
+        names = ("kv_num", "kv_idx", "full_kv_num", "full_kv_idx")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def _check_alike(self, other: BlockMask) -> None:
+        ours, theirs = ((m.block_size, m.q_len, m.kv_len) for m in (self, other))
+        if ours != theirs:
+            raise ValueError(
+                f"masks: expected equal block size and lengths, got {ours} and {theirs}; make them of one size"
+            )
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _sizes(length: int, block: int) -> Tensor:
+    """Tokens of each block."""
+    return (length - torch.arange(_blocks(length, block)) * block).clamp_max(block)
+
+
+def _check_sizes(block_size: int | tuple[int, int], q_len: int, kv_len: int) -> tuple[int, int]:
+    size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if len(size) != 2 or any(not isinstance(n, int) or n < 1 or n & (n - 1) for n in size):
+        raise ValueError(f"block_size: expected powers of two, got {block_size}; 64 suits every kernel")
+    if q_len < 1 or kv_len < 1:
+        raise ValueError(f"q_len and kv_len: expected at least one token, got {q_len} and {kv_len}")
+    return size
+
+
+def _check_blocks(name: str, blocks: Tensor, size: tuple[int, int], q_len: int, kv_len: int) -> Tensor:
+    """Blocks as [B, H, Kq, Kk]. Raises ValueError where they do not fit the lengths."""
+    expected = (_blocks(q_len, size[0]), _blocks(kv_len, size[1]))
+    if blocks.ndim < 2 or blocks.ndim > 4 or tuple(blocks.shape[-2:]) != expected:
+        raise ValueError(
+            f"{name}: expected {expected[0]} query blocks for {q_len} tokens and {expected[1]} key blocks for {kv_len} "
+            f"tokens at block {size[0]} x {size[1]}, got {list(blocks.shape)}"
+        )
+    return blocks[(None,) * (4 - blocks.ndim)]
+
+
+def _to_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [B, H, Kq] and ascending indices [B, H, Kq, cap] of bool [B, H, Kq, Kk]."""
+    count = blocks.sum(-1)
+    cap = max(1, int(count.max())) if count.numel() else 1
+    order = (~blocks).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :cap]
+    return count.int(), order.int().contiguous()
+
+
+def _to_blocks(count: Tensor, index: Tensor, columns: int) -> Tensor:
+    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    blocks = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=index.device)
+    blocks.scatter_(-1, torch.where(listed, index, columns).long(), True)
+    return blocks[..., :columns]

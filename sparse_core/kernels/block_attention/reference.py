@@ -1,0 +1,20 @@
+"""The definition of block-sparse attention, in as few words as torch has for it. Every other implementation must agree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_core.attention.masks import BlockMask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Tq, D] and log-sum-exp [B, Hq, Tq] of the scores that `mask` keeps; a row of which none is kept gives 0
+    and -inf. Key-value heads serve Hq / Hkv query heads each. Builds [Tq, Tk] scores."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    kept = mask.to_token_mask().to(q.device)
+    scores = (q.float() @ k.float().mT * scale).masked_fill(~kept, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    return (weights @ v.float()).to(q.dtype), lse
