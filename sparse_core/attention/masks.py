@@ -235,6 +235,11 @@ class BlockMask:
         return unique.bool().view(-1, bq, bk), which
 
     @cached_property
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """Counts [B, H, Kq] and ascending indices [B, H, Kq, cap] of all blocks that are looked at."""
+        return _to_lists(self.blocks)
+
+    @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The mask as compressed rows, in order of sample, head, query block: offsets [B H Kq + 1] and key blocks as in
         `to_csr`, and per entry -1 for a full block, else which of `tiles` it has."""
@@ -244,7 +249,7 @@ class BlockMask:
         return offsets, columns, pattern[self.blocks]
 
     def _settle(self) -> BlockMask:
-        """The same mask: blocks that the rule keeps whole are called full, those of which it keeps nothing are left out."""
+        """The same mask; blocks that the rule keeps whole are called full, and those it keeps nothing of are left out."""
         if self.rule is None:
             return self
         tiles, which = self.tiles
@@ -284,7 +289,11 @@ class BlockMask:
         """The mask as a `torch.nn.attention.flex_attention.BlockMask`."""
         from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
-        rule = self.keeps
+        def rule(
+            b: Tensor, h: Tensor, i: Tensor, j: Tensor
+        ) -> Tensor:  # torch counts the arguments of a method wrongly
+            return self.keeps(b, h, i, j)
+
         return TorchBlockMask.from_kv_blocks(
             self.kv_num, self.kv_idx, self.full_kv_num, self.full_kv_idx, BLOCK_SIZE=self.block_size,
             mask_mod=rule, seq_lengths=(self.q_len, self.kv_len),

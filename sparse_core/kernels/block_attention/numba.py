@@ -37,7 +37,9 @@ from sparse_core.kernels.simd import (
 SIMD = 1  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
 TILE = 64
 NOTHING = np.float32(-1e30)  # the score of a pair that is not kept; finite, so that differences are no NaN
-LOWEST = np.float32(-1e29)  # where the running maximum starts: pairs that are not kept weigh exp(-9e29) = 0 against it
+LOWEST = np.float32(
+    -1e29
+)  # where the running maximum starts: pairs that are not kept weigh exp(-9e29) = 0 against it
 WIDTH = 32  # head widths are padded to multiples of this
 
 
@@ -231,7 +233,9 @@ def forward(q, k, v, out, lse, offsets, columns, pattern, tiles, sizes, scale, l
 
 
 @njit(cache=True, nogil=True)
-def backward(q, k, v, lse, delta, grad, dq, dk, dv, offsets, columns, pattern, tiles, sizes, scale, low, high):
+def backward(
+    q, k, v, lse, delta, grad, dq, dk, dv, offsets, columns, pattern, tiles, sizes, scale, low, high
+):
     """Gradients of the key-value heads low .. high, counted over samples and heads; a head is one task, so that its dk and
     dv have one owner.
 
@@ -244,7 +248,11 @@ def backward(q, k, v, lse, delta, grad, dq, dk, dv, offsets, columns, pattern, t
     blocks = -(-tq // bq)
     across, down = np.empty(width * TILE, np.float32), np.empty(TILE * width, np.float32)
     g_across, g_down = np.empty(width * TILE, np.float32), np.empty(TILE * width, np.float32)
-    s, dp, d_query = np.empty(TILE * TILE, np.float32), np.empty(TILE * TILE, np.float32), np.empty(TILE * width, np.float32)
+    s, dp, d_query = (
+        np.empty(TILE * TILE, np.float32),
+        np.empty(TILE * TILE, np.float32),
+        np.empty(TILE * width, np.float32),
+    )
     keys, values = np.empty(TILE * width, np.float32), np.empty(TILE * width, np.float32)
     d_keys, d_values = np.empty(TILE * width, np.float32), np.empty(TILE * width, np.float32)
     logs, mean = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -264,7 +272,10 @@ def backward(q, k, v, lse, delta, grad, dq, dk, dv, offsets, columns, pattern, t
             _pack_queries(q, head * tq + start, queries, width, scale, across, down)
             _pack_queries(grad, head * tq + start, queries, width, np.float32(1), g_across, g_down)
             for i in range(TILE):
-                logs[i], mean[i] = -NOTHING, np.float32(0)  # an absent row, or one without keys, weighs nothing
+                logs[i], mean[i] = (
+                    -NOTHING,
+                    np.float32(0),
+                )  # an absent row, or one without keys, weighs nothing
                 if i < queries and lse[head * tq + start + i] > LOWEST:
                     logs[i], mean[i] = lse[head * tq + start + i], delta[head * tq + start + i]
             d_query[:] = 0
@@ -348,7 +359,7 @@ def _flat(x: Tensor) -> np.ndarray:
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> _Prepared:
-    b, hq, tq, d = q.shape
+    _, hq, tq, d = q.shape
     offsets, columns, pattern = (part.numpy() for part in mask.rows)
     tiles = mask.tiles[0].contiguous().view(-1).numpy()
     tiles = tiles if len(tiles) else np.zeros(1, np.bool_)
@@ -358,13 +369,24 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> _Prepared:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float
+    ) -> tuple[Tensor, Tensor]:
         call = _prepare(q, k, v, mask)
         width, tiles = call.sizes[4], -(-q.shape[2] // min(mask.block_size[0], TILE))
         out, lse = torch.empty(*q.shape[:3], width), torch.empty(q.shape[:3])
         _split(
             forward,
-            (call.q, call.k, call.v, out.view(-1).numpy(), lse.view(-1).numpy(), *call.rows, call.sizes, np.float32(scale)),
+            (
+                call.q,
+                call.k,
+                call.v,
+                out.view(-1).numpy(),
+                lse.view(-1).numpy(),
+                *call.rows,
+                call.sizes,
+                np.float32(scale),
+            ),
             q.shape[0] * q.shape[1] * tiles,
         )
         result = out[..., : q.shape[-1]].to(q.dtype)
@@ -379,13 +401,13 @@ class _Attend(torch.autograd.Function):
         delta = (grad.float() * out.float()).sum(-1) - grad_lse
         sizes = [(*x.shape[:3], call.sizes[4]) for x in (q, k, v)]
         dq, dk, dv = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.zeros(sizes[2])
-        flat = (_flat(grad), *(x.view(-1).numpy() for x in (dq, dk, dv)))
+        flat = (x.contiguous().view(-1).numpy() for x in (lse, delta))
+        flat = (*flat, _flat(grad), *(x.view(-1).numpy() for x in (dq, dk, dv)))
         _split(
             backward,
-            (call.q, call.k, call.v, lse.view(-1).numpy(), delta.contiguous().view(-1).numpy(), *flat, *call.rows, call.sizes,
-             np.float32(ctx.scale)),
+            (call.q, call.k, call.v, *flat, *call.rows, call.sizes, np.float32(ctx.scale)),
             k.shape[0] * k.shape[1],
-        )  # fmt: skip
+        )
         back = [x[..., : q.shape[-1]].to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v))]
         return (*back, None, None)
 

@@ -9,8 +9,8 @@ from sparse_core.attention.masks import BlockMask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, Tq, D] and log-sum-exp [B, Hq, Tq] of the scores that `mask` keeps; a row of which none is kept gives 0
-    and -inf. Key-value heads serve Hq / Hkv query heads each. Builds [Tq, Tk] scores."""
+    """Output [B, Hq, Tq, D] and log-sum-exp [B, Hq, Tq] of the scores that `mask` keeps; a row of which none is kept gives
+    0 and -inf. Key-value heads serve Hq / Hkv query heads each. Builds [Tq, Tk] scores."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     kept = mask.to_token_mask().to(q.device)
