@@ -143,29 +143,36 @@ class BlockMask:
         """bool [B, H, Kq, Kk]: blocks that are looked at, wholly or in part."""
         return self.partial_blocks | self.full_blocks
 
-    def keeps(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Whether query i of sample b and head h looks at key j; index tensors that broadcast. This is a `Rule`."""
-        b, h = (index.clamp_max(size - 1) for index, size in zip((b, h), self.shape[:2], strict=True))
-        place = (b, h, i // self.block_size[0], j // self.block_size[1])
-        kept = self.partial_blocks[place]
-        if self.rule is not None:
-            kept = kept & self.rule(b, h, i, j)
-        return kept | self.full_blocks[place]
+    def to_rule(self) -> Rule:
+        """The whole mask as a rule: whether query i of sample b and head h looks at key j."""
+        partial, full, token, (bq, bk) = self.partial_blocks, self.full_blocks, self.rule, self.block_size
+        samples, heads = self.shape[:2]
+
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            place = (b if samples > 1 else b * 0, h if heads > 1 else h * 0, i // bq, j // bk)
+            kept = partial[place]
+            if token is not None:
+                kept = kept & token(b, h, i, j)
+            return kept | full[place]
+
+        return rule
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Pairs that either mask keeps."""
         self._check_alike(other)
         full = self.full_blocks | other.full_blocks
+        ours, theirs = self.to_rule(), other.to_rule()
         return self._combine(
-            self.blocks | other.blocks, full, lambda *index: self.keeps(*index) | other.keeps(*index)
+            self.blocks | other.blocks, full, lambda b, h, i, j: ours(b, h, i, j) | theirs(b, h, i, j)
         )
 
     def __and__(self, other: BlockMask) -> BlockMask:
         """Pairs that both masks keep."""
         self._check_alike(other)
         full = self.full_blocks & other.full_blocks
+        ours, theirs = self.to_rule(), other.to_rule()
         return self._combine(
-            self.blocks & other.blocks, full, lambda *index: self.keeps(*index) & other.keeps(*index)
+            self.blocks & other.blocks, full, lambda b, h, i, j: ours(b, h, i, j) & theirs(b, h, i, j)
         )
 
     def _combine(self, blocks: Tensor, full: Tensor, rule: Rule) -> BlockMask:
@@ -281,7 +288,7 @@ class BlockMask:
         """bool [B, H, q_len, kv_len]. For tests and the reference: it is as large as dense attention."""
         b, h = (torch.arange(size, device=self.kv_num.device) for size in self.shape[:2])
         i, j = (torch.arange(size, device=self.kv_num.device) for size in (self.q_len, self.kv_len))
-        return self.keeps(b[:, None, None, None], h[:, None, None], i[:, None], j).expand(
+        return self.to_rule()(b[:, None, None, None], h[:, None, None], i[:, None], j).expand(
             *self.shape[:2], self.q_len, self.kv_len
         )
 
@@ -289,14 +296,9 @@ class BlockMask:
         """The mask as a `torch.nn.attention.flex_attention.BlockMask`."""
         from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
-        def rule(
-            b: Tensor, h: Tensor, i: Tensor, j: Tensor
-        ) -> Tensor:  # torch counts the arguments of a method wrongly
-            return self.keeps(b, h, i, j)
-
         return TorchBlockMask.from_kv_blocks(
             self.kv_num, self.kv_idx, self.full_kv_num, self.full_kv_idx, BLOCK_SIZE=self.block_size,
-            mask_mod=rule, seq_lengths=(self.q_len, self.kv_len),
+            mask_mod=self.to_rule(), seq_lengths=(self.q_len, self.kv_len),
         )  # fmt: skip
 
     def kv_efficient(self) -> bool:

@@ -44,7 +44,7 @@ def _attend_blocks(
     near_k, near_v = (x[b, h // group, keys].masked_fill(~listed[..., None], 0) for x in (k, v))
     near_q = q[b, h, i.clamp_max(mask.q_len - 1)]
     inside = (i < mask.q_len)[..., None] & listed[..., None, :]
-    kept = inside & mask.keeps(
+    kept = inside & mask.to_rule()(
         b[..., None], h[..., None], i.clamp_max(mask.q_len - 1)[..., None], keys[..., None, :]
     )
     scores = (near_q.float() @ near_k.float().mT * scale).masked_fill(~kept, -torch.inf)
