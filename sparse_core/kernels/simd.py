@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-VERSION = 1
+VERSION = 2
 
 
 def _lanes() -> int:
@@ -239,3 +239,58 @@ def exp_difference(typing: Any, x: Any, xo: Any, y: Any, yo: Any, out: Any, oo: 
 
     n = types.int64
     return types.void(x, n, y, n, out, n), _emitted(write)
+
+
+@intrinsic
+def prefetch(typing: Any, x: Any, offset: Any) -> Any:
+    """Ask for the cache line that holds x[offset]: memory is then ready when a later gather needs it."""
+
+    def write(e: _Emitter, x: Any, offset: Any) -> None:
+        place = e.b.bitcast(e.b.gep(x, [offset]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, *[ir.IntType(32)] * 3])
+        asked = cgutils.get_or_insert_function(e.b.module, kind, "llvm.prefetch.p0i8")
+        e.b.call(asked, [place, ir.IntType(32)(0), ir.IntType(32)(3), ir.IntType(32)(1)])  # read, keep, data
+
+    return types.void(x, types.int64), _emitted(write)
+
+
+@intrinsic
+def dot(typing: Any, a: Any, ao: Any, b: Any, bo: Any, count: Any) -> Any:
+    """Sum of a[ao + i] b[bo + i] over i < count, a multiple of VL."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        e = _Emitter(context, builder, signature, arguments)
+        a, ao, b, bo, count = e.values
+        total = e.variable(e.constant(0.0))
+        with e.loop(builder.sdiv(count, INT(VL))) as loop:
+            step = builder.mul(loop.index, INT(VL))
+            product = e.fma(
+                e.load(a, builder.add(ao, step)), e.load(b, builder.add(bo, step)), builder.load(total)
+            )
+            builder.store(product, total)
+        kind = ir.FunctionType(FLOAT, [FLOAT, VECTOR])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{VL}f32")
+        return builder.call(reduce, [FLOAT(0.0), builder.load(total)], fastmath=("reassoc",))
+
+    n = types.int64
+    return types.float32(a, n, b, n, n), codegen
+
+
+@intrinsic
+def add_rows(typing: Any, weights: Any, wo: Any, x: Any, first: Any, second: Any, third: Any, fourth: Any, out: Any,
+             oo: Any, count: Any) -> Any:  # fmt: skip
+    """out[oo + i] += sum of weights[wo + r] x[row r + i] for the four rows that begin at first .. fourth, i < count, a
+    multiple of VL: one pass over `out` for four rows."""
+
+    def write(e: _Emitter, weights: Any, wo: Any, x: Any, first: Any, second: Any, third: Any, fourth: Any, out: Any,
+              oo: Any, count: Any) -> None:  # fmt: skip
+        factors = [e.splat(weights, e.b.add(wo, INT(r))) for r in range(4)]
+        with e.loop(e.b.sdiv(count, INT(VL))) as loop:
+            step = e.b.mul(loop.index, INT(VL))
+            total = e.load(out, e.b.add(oo, step))
+            for factor, row in zip(factors, (first, second, third, fourth), strict=True):
+                total = e.fma(factor, e.load(x, e.b.add(row, step)), total)
+            e.store(total, out, e.b.add(oo, step))
+
+    n = types.int64
+    return types.void(weights, n, x, n, n, n, n, out, n, n), _emitted(write)

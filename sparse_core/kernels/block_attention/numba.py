@@ -11,10 +11,7 @@ Everything here is float32 and flat; `sparse_core.kernels.block_attention` check
 from __future__ import annotations
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,8 +30,9 @@ from sparse_core.kernels.simd import (
     strip_gradient,
     strip_max,
 )
+from sparse_core.kernels.threads import split
 
-SIMD = 1  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
+SIMD = 2  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
 TILE = 64
 NOTHING = np.float32(-1e30)  # the score of a pair that is not kept; finite, so that differences are no NaN
 LOWEST = np.float32(
@@ -320,27 +318,6 @@ def backward(
                     dq[place + d] = d_query[i * width + d] * scale
 
 
-def threads() -> int:
-    """Threads that a call may use: `SPARSE_CORE_THREADS`, or as many as torch."""
-    return max(1, int(os.environ.get("SPARSE_CORE_THREADS", torch.get_num_threads())))
-
-
-@cache
-def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size)
-
-
-def _split(kernel: Any, arguments: tuple[Any, ...], tasks: int) -> None:
-    """Run tasks 0 .. tasks of a kernel, in as many equal ranges as there are threads."""
-    parts = min(threads(), tasks)
-    if parts <= 1:
-        kernel(*arguments, 0, tasks)
-        return
-    # More ranges than threads, since rows of a mask may differ in length.
-    edges = np.linspace(0, tasks, min(tasks, 4 * parts) + 1).astype(int).tolist()
-    list(_pool(parts).map(lambda low, high: kernel(*arguments, low, high), edges[:-1], edges[1:]))
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
     """Flat arrays of a call, and the sizes that the kernels read."""
@@ -375,7 +352,7 @@ class _Attend(torch.autograd.Function):
         call = _prepare(q, k, v, mask)
         width, tiles = call.sizes[4], -(-q.shape[2] // min(mask.block_size[0], TILE))
         out, lse = torch.empty(*q.shape[:3], width), torch.empty(q.shape[:3])
-        _split(
+        split(
             forward,
             (
                 call.q,
@@ -403,7 +380,7 @@ class _Attend(torch.autograd.Function):
         dq, dk, dv = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.zeros(sizes[2])
         flat = (x.contiguous().view(-1).numpy() for x in (lse, delta))
         flat = (*flat, _flat(grad), *(x.view(-1).numpy() for x in (dq, dk, dv)))
-        _split(
+        split(
             backward,
             (call.q, call.k, call.v, *flat, *call.rows, call.sizes, np.float32(ctx.scale)),
             k.shape[0] * k.shape[1],

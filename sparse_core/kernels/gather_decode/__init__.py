@@ -1,0 +1,104 @@
+"""Decoding over selected keys: one query per head reads the keys and values that a selection names, and no others."""
+
+from __future__ import annotations
+
+from functools import cache as remember
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from sparse_core import counters
+from sparse_core.attention.masks import IndexMask
+
+IMPLEMENTATIONS = ("reference", "numba", "gather")
+
+
+class Cache(Protocol):
+    """What decoding reads: keys and values [B, Hkv, T, D]."""
+
+    @property
+    def keys(self) -> Tensor: ...
+
+    @property
+    def values(self) -> Tensor: ...
+
+
+def decode_attention(
+    q1: Tensor,
+    cache: Cache | tuple[Tensor, Tensor],
+    selection: IndexMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Literal["auto", "reference", "numba", "gather"] = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the keys that `selection` names, for one query per head.
+
+    q1 [B, Hq, 1, D]; cache: an object with keys and values [B, Hkv, T, D], or the pair; selection: indices [B, H, 1, n] of
+    the query heads or of the key-value heads. Returns [B, Hq, 1, D], and with `return_lse` [B, Hq, 1] in float32. Not
+    differentiable on a CPU. Raises ValueError for shapes that do not fit and for an empty cache.
+    """
+    k, v = cache if isinstance(cache, tuple) else (cache.keys, cache.values)
+    index = _check(q1, k, v, selection)
+    scale = q1.shape[-1] ** -0.5 if scale is None else float(scale)
+    if counters.counting():
+        kept = int((index >= 0).sum())
+        counters.add(
+            products=kept,
+            multiply_adds=2 * kept * k.shape[-1],
+            kv_bytes=2 * kept * k.shape[-1] * k.element_size(),
+        )
+    out, lse = _attend(_choose(q1) if implementation == "auto" else implementation)(
+        q1[:, :, 0], k, v, index, scale
+    )
+    return (out[:, :, None], lse[:, :, None]) if return_lse else out[:, :, None]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, selection: IndexMask) -> Tensor:
+    """The keys of every query head, [B, Hq, n]."""
+    if q.ndim != 4 or q.shape[2] != 1:
+        raise ValueError(f"q1: expected [B, H, 1, D], one query per head, got {list(q.shape)}")
+    b, hq, _, d = q.shape
+    if k.ndim != 4 or k.shape[2] == 0:
+        raise ValueError(
+            f"cache: expected keys [B, H, T, D] of at least one token, got {list(k.shape)}; prefill it first"
+        )
+    hkv = k.shape[1]
+    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != d or hq % hkv:
+        raise ValueError(
+            f"cache: expected keys and values [{b}, H, T, {d}] of which H divides {hq}, got "
+            f"{list(k.shape)} and {list(v.shape)}"
+        )
+    index, length = selection.index, selection.kv_len
+    if length != k.shape[2]:
+        raise ValueError(
+            f"selection: expected one of {k.shape[2]} cached keys, got one of {length}; select again"
+        )
+    if index.shape[0] not in (1, b) or index.shape[1] not in (1, hkv, hq) or index.shape[2] != 1:
+        raise ValueError(
+            f"selection: expected indices [{b}, {hq} or {hkv}, 1, n], got {list(index.shape)}; name keys for "
+            "one query per head"
+        )
+    index = index[:, :, 0].expand(b, -1, -1)
+    return index.repeat_interleave(hq // index.shape[1], 1) if index.shape[1] != hq else index
+
+
+def _choose(q: Tensor) -> str:
+    return "numba" if q.device.type == "cpu" and find_spec("numba") else "gather"
+
+
+@remember
+def _attend(name: str):
+    """The function `attend` of an implementation, imported when it is first asked for."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    if name == "numba":
+        from sparse_core.kernels.gather_decode.numba import attend
+    elif name == "gather":
+        from sparse_core.kernels.gather_decode.gather import attend
+    else:
+        from sparse_core.kernels.gather_decode.reference import attend
+    return attend

@@ -1,0 +1,24 @@
+"""Decoding over selected keys in plain torch: rows by `index_select`, which is several times faster than `gather`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, D] and log-sum-exp [B, Hq] of q [B, Hq, D] over the keys index [B, Hq, n]."""
+    (b, hq, d), (hkv, length) = q.shape, k.shape[1:3]
+    head = torch.arange(b * hq, device=q.device).view(b, hq, 1)
+    base = (head // hq * hkv + head % hq // (hq // hkv)) * length
+    rows = (base + index.clamp_min(0)).flatten()
+    # An absent key stands for row 0, of which nothing may reach the sums, not even as 0 times NaN.
+    near_k, near_v = (
+        x.reshape(-1, d).index_select(0, rows).view(*index.shape, d).masked_fill((index < 0)[..., None], 0)
+        for x in (k, v)
+    )
+    scores = (near_k.float() @ q.float()[..., None])[..., 0] * scale
+    scores = scores.masked_fill(index < 0, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    return (weights[..., None, :] @ near_v.float())[..., 0, :].to(q.dtype), lse

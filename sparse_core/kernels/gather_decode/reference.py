@@ -1,0 +1,20 @@
+"""The definition of decoding over selected keys: one query per head, and the keys that an index names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, D] and log-sum-exp [B, Hq] of q [B, Hq, D] over the keys index [B, Hq, n] of k, v [B, Hkv, T, D];
+    entries below 0 are absent, and a head without any gives 0 and -inf."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    rows = index.clamp_min(0)[..., None].expand(-1, -1, -1, k.shape[-1])
+    near_k, near_v = (x.gather(2, rows).masked_fill((index < 0)[..., None], 0) for x in (k, v))
+    scores = (near_k @ q.float()[..., None])[..., 0] * scale
+    scores = scores.masked_fill(index < 0, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    return (weights[..., None, :] @ near_v)[..., 0, :].to(q.dtype), lse

@@ -1,0 +1,34 @@
+"""Ranges of tasks of a CPU kernel on several threads. Kernels release the interpreter's lock and know only `low, high`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+
+RANGES = 4  # per thread, since tasks may differ in length
+
+
+def threads() -> int:
+    """Threads that a call may use: `SPARSE_CORE_THREADS`, or as many as torch."""
+    return max(1, int(os.environ.get("SPARSE_CORE_THREADS", torch.get_num_threads())))
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="sparse_core")
+
+
+def split(kernel: Callable[..., Any], arguments: tuple[Any, ...], tasks: int) -> None:
+    """Run tasks 0 .. tasks of `kernel(*arguments, low, high)` on as many threads as may be used."""
+    parts = min(threads(), tasks)
+    if parts <= 1:
+        kernel(*arguments, 0, tasks)
+        return
+    count = min(tasks, RANGES * parts)
+    edges = [tasks * part // count for part in range(count + 1)]
+    list(_pool(parts).map(lambda low, high: kernel(*arguments, low, high), edges[:-1], edges[1:]))

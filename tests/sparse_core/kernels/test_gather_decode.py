@@ -1,0 +1,134 @@
+"""Decoding over selected keys against the definition, and against dense attention over the same keys."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparse_core import counters
+from sparse_core.attention.masks import IndexMask
+from sparse_core.kernels.gather_decode import decode_attention
+
+FAST = ["numba", "gather"]
+CASES = {  # B, Hq, Hkv, T, D, n, heads of the selection
+    "plain": (1, 2, 2, 100, 64, 17, 2),
+    "grouped": (2, 4, 2, 50, 32, 8, 4),
+    "shared by the group": (2, 4, 2, 50, 32, 8, 2),
+    "odd width": (1, 3, 3, 20, 40, 5, 3),
+    "one key": (1, 1, 1, 9, 16, 1, 1),
+    "wide": (1, 2, 1, 70, 128, 70, 1),
+}
+
+
+def draw(case, dtype=torch.float32):
+    b, hq, hkv, length, d, n, heads = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(b, h, t, d, generator=generator).to(dtype)
+        for h, t in ((hq, 1), (hkv, length), (hkv, length))
+    )
+    scores = torch.rand(b, heads, 1, length, generator=generator)
+    index = IndexMask.from_topk(scores, n).index.clone()
+    if n > 4:
+        index[..., 3] = -1
+    return q, k, v, IndexMask(index=index, kv_len=length)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_those_of_the_definition(case, implementation):
+    q, k, v, selection = draw(case)
+    ours, exact = (
+        decode_attention(q, (k, v), selection, return_lse=True, implementation=name)
+        for name in (implementation, "reference")
+    )
+    torch.testing.assert_close(ours, exact, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_those_of_attention_under_the_same_mask(case, implementation):
+    q, k, v, selection = draw(case)
+    mask = selection.to_token_mask().repeat_interleave(q.shape[1] // selection.index.shape[1], 1)
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    ours = decode_attention(q, (k, v), selection, implementation=implementation)
+    torch.testing.assert_close(ours, exact, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_as_it_was(implementation, dtype):
+    q, k, v, selection = draw("plain", dtype)
+    out, lse = decode_attention(q, (k, v), selection, return_lse=True, implementation=implementation)
+    exact = decode_attention(q.float(), (k.float(), v.float()), selection)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_head_without_keys_gives_zero(implementation):
+    q, k, v, selection = draw("plain")
+    index = selection.index.clone()
+    index[0, 1] = -1
+    out, lse = decode_attention(
+        q, (k, v), IndexMask(index=index, kv_len=100), return_lse=True, implementation=implementation
+    )
+    assert (out[0, 1] == 0).all()
+    assert lse[0, 1] == -torch.inf
+    assert out[0, 0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_keys_that_are_not_named_are_never_read(implementation):
+    q, k, v, selection = draw("plain")
+    named = selection.to_token_mask()[0, :, 0]
+    for x in (k, v):
+        x[0][~named] = torch.nan
+    assert decode_attention(q, (k, v), selection, implementation=implementation).isfinite().all()
+
+
+def test_the_counter_counts_the_named_keys():
+    q, k, v, selection = draw("plain")
+    with counters.count() as counter:
+        decode_attention(q, (k, v), selection)
+    assert counter.products == 2 * 16
+    assert counter.kv_bytes == 2 * 2 * 16 * 64 * 4
+
+
+def test_pages_name_all_their_keys():
+    pages = torch.tensor([[[[2, 0, -1]]]])
+    index = IndexMask.from_pages(pages, 4, 10).index
+    assert index.flatten().tolist() == [8, 9, -1, -1, 0, 1, 2, 3, -1, -1, -1, -1]
+
+
+def test_topk_of_keys_breaks_ties_by_order_and_leaves_out_the_impossible():
+    scores = torch.tensor([0.0, 1.0, 1.0, -torch.inf])[None, None, None]
+    assert IndexMask.from_topk(scores, 4).index.flatten().tolist() == [1, 2, 0, -1]
+    force = torch.tensor([True, False, False, False])
+    assert IndexMask.from_topk(scores, 2, force).index.flatten().tolist() == [0, 1]
+    assert IndexMask.from_topk(scores, 4).density() == 0.75
+
+
+REFUSED = {
+    r"q1: expected \[B, H, 1, D\], one query per head": lambda q, k, v, s: (q.repeat(1, 1, 2, 1), (k, v), s),
+    "cache: expected keys .* of at least one token, got .*; prefill it first": lambda q, k, v, s: (
+        q, (k[:, :, :0], v[:, :, :0]), s,
+    ),
+    r"cache: expected keys and values \[1, H, T, 64\]": lambda q, k, v, s: (q, (k, v[:, :, 1:]), s),
+    "selection: expected one of 99 cached keys, got one of 100; select again": lambda q, k, v, s: (
+        q, (k[:, :, 1:], v[:, :, 1:]), s,
+    ),
+    r"selection: expected indices \[1, 2 or 2, 1, n\], got": lambda q, k, v, s: (
+        q, (k, v), IndexMask(index=s.index.repeat(1, 3, 1, 1), kv_len=100),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_does_not_fit_is_refused(sentence):
+    with pytest.raises(ValueError, match=sentence):
+        decode_attention(*REFUSED[sentence](*draw("plain")))
+
+
+def test_an_index_past_the_end_is_refused():
+    with pytest.raises(ValueError, match="index: expected keys 0 to 9, got 10"):
+        IndexMask(index=torch.full((1, 1, 1, 1), 10), kv_len=10)
