@@ -1,6 +1,9 @@
 """Every implementation of block-sparse attention against the definition: values and gradients, odd sizes, every dtype."""
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +198,11 @@ def test_an_unknown_implementation_is_refused():
     q, k, v = draw((1, 1, 64, 16), (1, 1, 64, 16))
     with pytest.raises(ValueError, match="implementation: expected auto or one of reference, numba"):
         block_sparse_attention(q, k, v, random_mask(64, 64, 64, 1.0), implementation="cuda")
+
+
+def test_the_triton_kernels_agree_in_the_interpreter():
+    """Arithmetic only, and small: the interpreter needs about ten milliseconds per tile."""
+    program = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agrees:") == 8
