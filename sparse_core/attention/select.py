@@ -48,8 +48,8 @@ def mass(scores: Tensor, share: float) -> Tensor:
 
 
 def grouped_topk(scores: Tensor, k: int, dim: int) -> Tensor:
-    """The `k` highest of axis `dim` and the last axis together, so that a head that needs more takes it from one that needs
-    less (SEA, arXiv 2310.01777)."""
+    """The `k` highest of axis `dim` and the last axis together: a head that needs more takes it from one that needs less
+    (SEA, arXiv 2310.01777)."""
     moved = scores.movedim(dim, -2)
     return topk(moved.flatten(-2), k).unflatten(-1, moved.shape[-2:]).movedim(-2, dim)
 
