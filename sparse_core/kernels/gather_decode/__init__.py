@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from functools import cache as remember
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
 from sparse_core import counters
+from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
 
 IMPLEMENTATIONS = ("reference", "numba", "gather")
 
 
-class Cache(Protocol):
-    """What decoding reads: keys and values [B, Hkv, T, D]."""
-
-    @property
-    def keys(self) -> Tensor: ...
-
-    @property
-    def values(self) -> Tensor: ...
-
-
 def decode_attention(
     q1: Tensor,
-    cache: Cache | tuple[Tensor, Tensor],
+    cache: KVCache | tuple[Tensor, Tensor],
     selection: IndexMask,
     *,
     scale: float | None = None,
@@ -35,12 +26,22 @@ def decode_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the keys that `selection` names, for one query per head.
 
-    q1 [B, Hq, 1, D]; cache: an object with keys and values [B, Hkv, T, D], or the pair; selection: indices [B, H, 1, n] of
+    q1 [B, Hq, 1, D]; cache: a `KVCache`, or the pair of keys and values [B, Hkv, T, D]; selection: indices [B, H, 1, n] of
     the query heads or of the key-value heads. Returns [B, Hq, 1, D], and with `return_lse` [B, Hq, 1] in float32. Not
     differentiable on a CPU. Raises ValueError for shapes that do not fit and for an empty cache.
     """
-    k, v = cache if isinstance(cache, tuple) else (cache.keys, cache.values)
-    index = _check(q1, k, v, selection)
+    shape = tuple(cache[0].shape) if isinstance(cache, tuple) else cache.shape
+    index = _check(q1, shape, selection)
+    if isinstance(cache, tuple):
+        k, v = cache
+        if k.shape != v.shape:
+            raise ValueError(
+                f"cache: expected keys and values of one shape, got {list(k.shape)} and {list(v.shape)}"
+            )
+    else:
+        # All query heads of a group read one head of the cache.
+        k, v, rows = cache.rows(index.reshape(shape[0], shape[1], -1))
+        index = rows.view_as(index)
     scale = q1.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
         kept = int((index >= 0).sum())
@@ -55,25 +56,22 @@ def decode_attention(
     return (out[:, :, None], lse[:, :, None]) if return_lse else out[:, :, None]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, selection: IndexMask) -> Tensor:
-    """The keys of every query head, [B, Hq, n]."""
+def _check(q: Tensor, shape: tuple[int, ...], selection: IndexMask) -> Tensor:
+    """The keys of every query head, [B, Hq, n], of a cache of `shape` [B, Hkv, T, D]."""
     if q.ndim != 4 or q.shape[2] != 1:
         raise ValueError(f"q1: expected [B, H, 1, D], one query per head, got {list(q.shape)}")
     b, hq, _, d = q.shape
-    if k.ndim != 4 or k.shape[2] == 0:
+    if len(shape) != 4 or shape[2] == 0:
         raise ValueError(
-            f"cache: expected keys [B, H, T, D] of at least one token, got {list(k.shape)}; prefill it first"
+            f"cache: expected keys [B, H, T, D] of at least one token, got {list(shape)}; prefill it first"
         )
-    hkv = k.shape[1]
-    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != d or hq % hkv:
-        raise ValueError(
-            f"cache: expected keys and values [{b}, H, T, {d}] of which H divides {hq}, got "
-            f"{list(k.shape)} and {list(v.shape)}"
-        )
+    hkv = shape[1]
+    if shape[0] != b or shape[3] != d or hq % hkv:
+        raise ValueError(f"cache: expected keys [{b}, H, T, {d}] of which H divides {hq}, got {list(shape)}")
     index, length = selection.index, selection.kv_len
-    if length != k.shape[2]:
+    if length != shape[2]:
         raise ValueError(
-            f"selection: expected one of {k.shape[2]} cached keys, got one of {length}; select again"
+            f"selection: expected one of {shape[2]} cached keys, got one of {length}; select again"
         )
     if index.shape[0] not in (1, b) or index.shape[1] not in (1, hkv, hq) or index.shape[2] != 1:
         raise ValueError(

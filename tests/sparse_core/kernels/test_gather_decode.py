@@ -113,7 +113,10 @@ REFUSED = {
     "cache: expected keys .* of at least one token, got .*; prefill it first": lambda q, k, v, s: (
         q, (k[:, :, :0], v[:, :, :0]), s,
     ),
-    r"cache: expected keys and values \[1, H, T, 64\]": lambda q, k, v, s: (q, (k, v[:, :, 1:]), s),
+    r"cache: expected keys and values of one shape": lambda q, k, v, s: (q, (k, v[:, :, 1:]), s),
+    r"cache: expected keys \[1, H, T, 64\] of which H divides 3, got": lambda q, k, v, s: (
+        q[:, :1].expand(-1, 3, -1, -1), (k, v), s,
+    ),
     "selection: expected one of 99 cached keys, got one of 100; select again": lambda q, k, v, s: (
         q, (k[:, :, 1:], v[:, :, 1:]), s,
     ),
