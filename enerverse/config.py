@@ -7,36 +7,19 @@ type hints, so an unknown key or a value of the wrong type is refused with a sen
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from enerverse.files import atomic_write
+from sparse_core.errors import closest as closest
+from sparse_core.errors import unknown as unknown
 
 T = TypeVar("T")
 _UNIONS = (Union, types.UnionType)
-
-
-def closest(name: str, options: Iterable[str]) -> str:
-    """Return the option most like `name`, or "" when none is near enough to be a typing error."""
-    found = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.5)
-    return found[0] if found else ""
-
-
-def unknown(kind: str, name: str, options: Iterable[str]) -> ValueError:
-    """Build the error for a name that is not among `options`; the caller raises it.
-
-    Example: `unknown preset 'tny': did you mean 'tiny'? (available: paper, small, tiny)`.
-    """
-    options = sorted(options)
-    near = closest(name, options)
-    question = f": did you mean {near!r}?" if near else ""
-    available = ", ".join(options) if options else "none"
-    return ValueError(f"unknown {kind} {name!r}{question} (available: {available})")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

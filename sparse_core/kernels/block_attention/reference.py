@@ -14,7 +14,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tu
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     kept = mask.to_token_mask().to(q.device)
-    scores = (q.float() @ k.float().mT * scale).masked_fill(~kept, -torch.inf)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) @ k.to(dtype).mT * scale).masked_fill(~kept, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return (weights @ v.float()).to(q.dtype), lse
+    return (weights @ v.to(dtype)).to(q.dtype), lse.float()

@@ -1,0 +1,1 @@
+"""Speed against the real alternative, in one process, the candidates taking turns."""
