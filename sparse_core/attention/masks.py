@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sparse_core.attention import select
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """rule(b, h, i, j) -> bool: whether query i of head h and sample b looks at key j; index tensors that broadcast."""
 
@@ -80,14 +82,9 @@ class BlockMask:
     ) -> BlockMask:  # fmt: skip
         """The `k` key blocks of highest score [B, H, Kq, Kk] per query block, and those of `force` (bool, broadcasts)
         besides; scores of -inf are never taken, and of equal ones the lower index wins."""
-        if k < 0:
-            raise ValueError(f"k: expected 0 or more blocks per query block, got {k}")
         size = _check_sizes(block_size, q_len, kv_len)
         _check_blocks("scores", scores, size, q_len, kv_len)
-        if scores.isnan().any():
-            raise ValueError("scores: expected numbers, got NaN; check what made them")
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True) & (scores > -torch.inf)
+        chosen = select.topk(scores, k)
         if force is not None:
             chosen = chosen | force
         return cls.from_dense_blocks(chosen, block_size=size, q_len=q_len, kv_len=kv_len, rule=rule)._settle()

@@ -1,1 +1,1 @@
-"""."""
+"""Kernels: one folder per operation, with its definition (`reference`) and its implementations side by side."""

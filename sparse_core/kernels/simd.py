@@ -110,6 +110,11 @@ class _Emitter:
         return self.b.add(base, self.b.mul(stride, INT(index)))
 
 
+def _intrinsic(function: Any) -> Any:
+    """numba's `intrinsic`, which takes the first argument for itself; a type checker cannot know that."""
+    return intrinsic(function)
+
+
 def _emitted(write: Any) -> Any:
     """The codegen function of an intrinsic whose body `write(emitter, *values)` emits."""
 
@@ -146,7 +151,7 @@ def make_gemm(rows: int, vectors: int, *, accumulate: bool) -> Any:
             for total, place in zip(row, places_of_row, strict=True):
                 e.store(e.b.load(total), c, place)
 
-    @intrinsic
+    @_intrinsic
     def gemm(typing: Any, a: Any, ao: Any, ars: Any, acs: Any, b: Any, bo: Any, brs: Any, c: Any, co: Any, crs: Any,
              depth: Any) -> Any:  # fmt: skip
         n = types.int64
@@ -168,7 +173,7 @@ def _strip(e: _Emitter, offset: Any) -> list[Any]:
     return [offset, e.b.add(offset, INT(VL))]
 
 
-@intrinsic
+@_intrinsic
 def strip_max(typing: Any, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: Any) -> Any:
     """m[mo + j] = max(m[mo + j], s[so + k stride + j] over k < rows) for j < COLUMNS."""
 
@@ -184,7 +189,7 @@ def strip_max(typing: Any, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: 
     return types.void(s, n, n, n, m, n), _emitted(write)
 
 
-@intrinsic
+@_intrinsic
 def strip_exp(
     typing: Any, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: Any, total: Any, to: Any
 ) -> Any:
@@ -208,7 +213,7 @@ def strip_exp(
     return types.void(s, n, n, n, m, n, total, n), _emitted(write)
 
 
-@intrinsic
+@_intrinsic
 def strip_gradient(typing: Any, s: Any, so: Any, dp: Any, do: Any, stride: Any, rows: Any, lse: Any, lo: Any,
                    delta: Any, eo: Any) -> Any:  # fmt: skip
     """s = p = exp(s - lse[lo + j]) and dp = p (dp - delta[eo + j]), both at [.. + k stride + j], k < rows, j < COLUMNS."""
@@ -229,7 +234,7 @@ def strip_gradient(typing: Any, s: Any, so: Any, dp: Any, do: Any, stride: Any, 
     return types.void(s, n, dp, n, n, n, lse, n, delta, n), _emitted(write)
 
 
-@intrinsic
+@_intrinsic
 def exp_difference(typing: Any, x: Any, xo: Any, y: Any, yo: Any, out: Any, oo: Any) -> Any:
     """out[oo + j] = exp(x[xo + j] - y[yo + j]) for j < COLUMNS."""
 
@@ -241,7 +246,7 @@ def exp_difference(typing: Any, x: Any, xo: Any, y: Any, yo: Any, out: Any, oo: 
     return types.void(x, n, y, n, out, n), _emitted(write)
 
 
-@intrinsic
+@_intrinsic
 def prefetch(typing: Any, x: Any, offset: Any) -> Any:
     """Ask for the cache line that holds x[offset]: memory is then ready when a later gather needs it."""
 
@@ -254,7 +259,7 @@ def prefetch(typing: Any, x: Any, offset: Any) -> Any:
     return types.void(x, types.int64), _emitted(write)
 
 
-@intrinsic
+@_intrinsic
 def dot(typing: Any, a: Any, ao: Any, b: Any, bo: Any, count: Any) -> Any:
     """Sum of a[ao + i] b[bo + i] over i < count, a multiple of VL."""
 
@@ -276,7 +281,7 @@ def dot(typing: Any, a: Any, ao: Any, b: Any, bo: Any, count: Any) -> Any:
     return types.float32(a, n, b, n, n), codegen
 
 
-@intrinsic
+@_intrinsic
 def add_rows(typing: Any, weights: Any, wo: Any, x: Any, first: Any, second: Any, third: Any, fourth: Any, out: Any,
              oo: Any, count: Any) -> Any:  # fmt: skip
     """out[oo + i] += sum of weights[wo + r] x[row r + i] for the four rows that begin at first .. fourth, i < count, a

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from sparse_core import counters
-from sparse_core.attention.masks import BlockMask
+
+if TYPE_CHECKING:
+    from sparse_core.attention.masks import BlockMask
 
 log = logging.getLogger(__name__)
 Implementation = Literal["auto", "reference", "numba", "gather", "triton"]
@@ -38,13 +40,13 @@ def block_sparse_attention(
     """
     check(q, k, v, mask)
     chosen = choose(q) if implementation == "auto" else implementation
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
-        pairs = mask.pairs().expand(q.shape[0], q.shape[1]).sum().item()
+        pairs = int(mask.pairs().expand(q.shape[0], q.shape[1]).sum())
         counters.add(
             products=pairs, multiply_adds=2 * pairs * q.shape[-1], kv_bytes=kv_bytes(k, mask, q.shape[1])
         )
-    out, lse = _attend(chosen)(q, k, v, mask, scale)
+    out, lse = _attend(chosen)(q, k, v, mask, factor)
     return (out, lse) if return_lse else out
 
 

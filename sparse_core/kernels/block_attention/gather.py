@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from sparse_core.attention.masks import BlockMask
+if TYPE_CHECKING:
+    from sparse_core.attention.masks import BlockMask
+
 
 SCORES = 2**22  # scores that are held at once
 

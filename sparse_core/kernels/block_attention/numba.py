@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from sparse_core.attention.masks import BlockMask
 from sparse_core.kernels.simd import (
     COLUMNS,
     ROWS,
@@ -31,6 +30,9 @@ from sparse_core.kernels.simd import (
     strip_max,
 )
 from sparse_core.kernels.threads import split
+
+if TYPE_CHECKING:
+    from sparse_core.attention.masks import BlockMask
 
 SIMD = 2  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
 TILE = 64

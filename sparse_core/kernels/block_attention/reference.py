@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from sparse_core.attention.masks import BlockMask
+if TYPE_CHECKING:
+    from sparse_core.attention.masks import BlockMask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from functools import cache as remember
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from sparse_core import counters
-from sparse_core.attention.kv_cache import KVCache
-from sparse_core.attention.masks import IndexMask
+
+if TYPE_CHECKING:
+    from sparse_core.attention.kv_cache import KVCache
+    from sparse_core.attention.masks import IndexMask
 
 IMPLEMENTATIONS = ("reference", "numba", "gather")
 

@@ -216,7 +216,7 @@ def test_sizes_that_do_not_fit_are_refused(sentence):
 def test_scores_that_are_no_numbers_and_negative_budgets_are_refused():
     with pytest.raises(ValueError, match="scores: expected numbers, got NaN"):
         BlockMask.from_topk(torch.full((4, 5), torch.nan), 2, **LENGTHS)
-    with pytest.raises(ValueError, match="k: expected 0 or more blocks per query block, got -1"):
+    with pytest.raises(ValueError, match="k: expected 0 or more, got -1"):
         BlockMask.from_topk(torch.zeros(4, 5), -1, **LENGTHS)
 
 
