@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
@@ -49,7 +50,7 @@ def random_blocks(settings: Attention, length: int, density: float, lower: bool)
     """That share of all blocks, or of those on and below the diagonal, which then is always kept."""
     generator = torch.Generator().manual_seed(round(1000 * density))
     n = -(-length // settings.block)
-    sizes = {"block_size": settings.block, "q_len": length, "kv_len": length}
+    sizes: dict[str, Any] = {"block_size": settings.block, "q_len": length, "kv_len": length}
     blocks = torch.rand(1, settings.heads, n, n, generator=generator) < density
     if not lower:
         return BlockMask.from_dense_blocks(blocks, **sizes).to(settings.device)

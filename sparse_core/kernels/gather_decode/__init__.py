@@ -44,7 +44,7 @@ def decode_attention(
         # All query heads of a group read one head of the cache.
         k, v, rows = cache.rows(index.reshape(shape[0], shape[1], -1))
         index = rows.view_as(index)
-    scale = q1.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q1.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
         kept = int((index >= 0).sum())
         counters.add(
@@ -53,7 +53,7 @@ def decode_attention(
             kv_bytes=2 * kept * k.shape[-1] * k.element_size(),
         )
     out, lse = _attend(_choose(q1) if implementation == "auto" else implementation)(
-        q1[:, :, 0], k, v, index, scale
+        q1[:, :, 0], k, v, index, factor
     )
     return (out[:, :, None], lse[:, :, None]) if return_lse else out[:, :, None]
 
