@@ -184,8 +184,8 @@ class BlockMask:
         """Queries and keys exchanged: which query blocks look at each key block."""
         rule = self.rule
         return BlockMask.from_dense_blocks(
-            self.blocks.mT, full=self.full_blocks.mT, block_size=(self.block_size[1], self.block_size[0]), q_len=self.kv_len,
-            kv_len=self.q_len, rule=None if rule is None else lambda b, h, i, j: rule(b, h, j, i),
+            self.blocks.mT, full=self.full_blocks.mT, block_size=(self.block_size[1], self.block_size[0]),
+            q_len=self.kv_len, kv_len=self.q_len, rule=None if rule is None else lambda b, h, i, j: rule(b, h, j, i),
         )  # fmt: skip
 
     def to_csr(self) -> tuple[Tensor, Tensor]:
