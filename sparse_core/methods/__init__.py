@@ -1,0 +1,1 @@
+"""One paper, one file: methods that choose what is computed."""

@@ -1,0 +1,149 @@
+"""S2-Attention (arXiv 2407.17678): every head keeps the near blocks and a strided shard of the far ones.
+
+With blocks i of queries and j of keys, l local blocks, stride v, and key-value head h of H,
+
+    keep(i, j, h) = i >= j and (i - j < l or (j + h step + offset) mod v = 0),   step = max(1, floor(v / H)).
+
+Positions are absolute, so a block that a row drops is never needed again and a decoder may forget it; together the heads
+see everything only if the offsets h step mod v hit every residue. The last `num_dense_heads` key-value heads are dense,
+and all query heads of a group share the pattern of their key-value head. Without `causal` positions are relative,
+(max(0, |i - j| - l + 1) + h step + offset) mod v = 0: the paper's rule has no head offset there, without which every
+head would keep the same blocks.
+
+Fidelity: adapted. That offset is ours, and where the paper's kernels merge query tiles, ours cut blocks into tiles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.masks import BlockMask, IndexMask, causal
+from sparse_core.kernels.block_attention import block_sparse_attention
+from sparse_core.kernels.gather_decode import decode_attention
+from sparse_core.registry import Method, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """block tokens per block; local_blocks and stride in blocks; one_pattern: all heads keep the same shard."""
+
+    block: int = 64
+    local_blocks: int = 16
+    stride: int = 8
+    num_dense_heads: int = 0
+    one_pattern: bool = False
+    offset: int = 0
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block < 16 or self.block & (self.block - 1):
+            raise ValueError(f"block: expected a power of two of at least 16, got {self.block}")
+        if self.local_blocks < 1 or self.stride < 1:
+            raise ValueError(
+                f"local_blocks and stride: expected at least 1, got {self.local_blocks} and {self.stride}"
+            )
+
+
+def local_stride_mask(
+    num_heads: int, seq_len: int, *, num_kv_heads: int | None = None, device: torch.device | str = "cpu",
+    active_head_range: tuple[int, int] | None = None, **config: object,
+) -> BlockMask:  # fmt: skip
+    """The mask of `num_heads` query heads over `seq_len` tokens; keyword arguments are those of `Config`.
+
+    active_head_range: only these query heads, first and past the last, as a rank of a tensor-parallel model needs them.
+    Warns where the heads together leave out blocks. Raises ValueError for head counts that do not divide.
+    """
+    settings, kv_heads = Config(**config), num_kv_heads or num_heads  # type: ignore[arg-type]
+    kept = _shards(settings, kv_heads, -(-seq_len // settings.block), device)
+    if num_heads % kv_heads:
+        raise ValueError(f"num_heads: expected a multiple of the {kv_heads} key-value heads, got {num_heads}")
+    kept = kept.repeat_interleave(num_heads // kv_heads, 0)
+    first, last = active_head_range or (0, num_heads)
+    if not 0 <= first < last <= num_heads:
+        raise ValueError(
+            f"active_head_range: expected 0 <= first < last <= {num_heads}, got {first} and {last}"
+        )
+    diagonal = torch.eye(kept.shape[-1], dtype=torch.bool, device=kept.device)
+    mask = BlockMask.from_dense_blocks(
+        kept[None, first:last], full=kept[None, first:last] & ~diagonal if settings.causal else None,
+        rule=causal if settings.causal else None, block_size=settings.block, q_len=seq_len, kv_len=seq_len,
+    )  # fmt: skip
+    possible = (
+        diagonal.new_ones(diagonal.shape).tril() if settings.causal else diagonal.new_ones(diagonal.shape)
+    )
+    missing = possible & ~kept.any(0)
+    if missing.any():
+        warnings.warn(
+            f"s2: {kv_heads} heads with stride {settings.stride} leave out {int(missing.sum())} of {int(possible.sum())} "
+            "blocks; take at least as many heads as the stride, or a stride that the heads divide evenly",
+            stacklevel=2,
+        )
+    return mask
+
+
+def _shards(config: Config, heads: int, blocks: int, device: torch.device | str) -> Tensor:
+    """bool [H, K, K] of the key-value heads."""
+    if not 0 <= config.num_dense_heads <= heads:
+        raise ValueError(
+            f"num_dense_heads: expected 0 to the {heads} key-value heads, got {config.num_dense_heads}"
+        )
+    i, j = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
+    step = 0 if config.one_pattern else max(1, config.stride // heads)
+    shift = torch.arange(heads, device=device)[:, None, None] * step + config.offset
+    place = j if config.causal else ((i - j).abs() - config.local_blocks + 1).clamp_min(0)
+    near = (i - j < config.local_blocks) if config.causal else (i - j).abs() < config.local_blocks
+    kept = near | ((place + shift) % config.stride == 0)
+    kept[heads - config.num_dense_heads :] = True
+    return kept & (i >= j) if config.causal else kept
+
+
+class ShardedAttention(nn.Module):
+    """Attention of q [B, Hq, T, D] over k, v [B, Hkv, T, D] under the sharded mask, for training, prefill and decoding."""
+
+    def __init__(self, config: Config, num_heads: int, num_kv_heads: int | None = None):
+        super().__init__()
+        self.config, self.num_heads, self.num_kv_heads = config, num_heads, num_kv_heads or num_heads
+        self._masks: dict[tuple[int, str], BlockMask] = {}
+
+    def mask(self, seq_len: int, device: torch.device | str = "cpu") -> BlockMask:
+        """The mask of a length, made once."""
+        key = (seq_len, str(device))
+        if key not in self._masks:
+            self._masks[key] = local_stride_mask(
+                self.num_heads, seq_len, num_kv_heads=self.num_kv_heads, device=device, **vars(self.config)
+            )
+        return self._masks[key]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, Hq, T, D]."""
+        return block_sparse_attention(q, k, v, self.mask(q.shape[2], q.device))  # type: ignore[return-value]
+
+    def decode(self, q1: Tensor, cache: KVCache) -> Tensor:
+        """[B, Hq, 1, D] of the newest token, whose key and value are in the cache already; then the pages that no later
+        token needs are given back. The cache's pages must be no longer than a block."""
+        if not self.config.causal:
+            raise ValueError("decode: expected a causal config, got one that looks ahead; set causal=True")
+        if self.config.block % cache.page:
+            raise ValueError(
+                f"cache: expected pages that divide the block of {self.config.block}, got {cache.page}"
+            )
+        length = cache.shape[2]
+        row = _shards(self.config, self.num_kv_heads, -(-length // self.config.block), q1.device)[:, -1]
+        tokens = row.repeat_interleave(self.config.block, -1)[:, :length]
+        most = int(tokens.sum(-1).max())
+        order = (~tokens).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :most]
+        index = order.masked_fill(~tokens.gather(-1, order), -1)[None, :, None]
+        out = decode_attention(q1, cache, IndexMask(index=index, kv_len=length))
+        pages = ~row.repeat_interleave(self.config.block // cache.page, -1)
+        cache.evict(pages[None, :, : -(-length // cache.page)])
+        return out  # type: ignore[return-value]
+
+
+METHOD = register(
+    Method(name="attention/s2", paper="2407.17678", fidelity="adapted", config=Config, make=ShardedAttention)
+)

@@ -1,0 +1,54 @@
+"""The methods of `sparse_core.methods`, by name: `family/name`, one paper and one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+from sparse_core.errors import unknown
+
+FAMILIES = ("attention",)
+_methods: dict[str, Method] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method: `name` as `family/name`, the paper, how close to it we are, its config class, and what the config makes.
+
+    make(config, ..): depends on the family; for attention a module that attends, called as make(config, heads, width).
+    needs: what must be done before use, such as calibration or training.
+    """
+
+    name: str
+    paper: str
+    fidelity: Literal["exact", "adapted", "simplified"]
+    config: type
+    make: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+
+
+def register(method: Method) -> Method:
+    """Add a method; ValueError for a name that is taken."""
+    if method.name in _methods:
+        raise ValueError(f"{method.name}: expected a new name, got one that is taken; choose another")
+    _methods[method.name] = method
+    return method
+
+
+def list_methods() -> list[str]:
+    """Names of all methods, sorted."""
+    for family in FAMILIES:
+        package = import_module(f"sparse_core.methods.{family}")
+        for found in iter_modules(package.__path__):
+            import_module(f"{package.__name__}.{found.name}")
+    return sorted(_methods)
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`; ValueError names the closest one when there is none."""
+    if name not in _methods and name not in list_methods():
+        raise unknown("method", name, list_methods())
+    return _methods[name]
