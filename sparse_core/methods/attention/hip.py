@@ -1,0 +1,215 @@
+"""HiP attention (arXiv 2406.09827): a tree search finds each query block's key blocks in O(T log T), without training.
+
+For a block of queries that may see N key blocks, [0, N) is cut into m = budget / block_k nodes. Every round halves each
+node, scores each half by one key block in its middle, max over (query, key) of q k, and keeps the m best halves, until
+nodes are single blocks. These, a sliding window and the first tokens are attended to exactly. A query row costs
+2 budget log2(T / budget) dot products instead of T: below some eight thousand tokens at the paper's budget that is no
+saving. A whole scan is what the method never makes, so keys without locality are found less well.
+
+Fidelity: exact (the paper's block version; the first block of a half may stand for it, as in the paper's draft code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_core import counters
+from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.masks import BlockMask, IndexMask, causal
+from sparse_core.kernels.block_attention import block_sparse_attention
+from sparse_core.kernels.gather_decode import decode_attention
+from sparse_core.registry import Method, register
+
+KEYS = 2**22  # floats of keys that are gathered at once
+Read = Callable[[Tensor], Tensor]
+"""Keys [B, H, n, P, D] at positions [B, H, n, P]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """budget, window, sink in tokens; block_q, block_k tokens per block; rep: `mid` or `first` block of a half stands for
+    it; q_stride: score only every so many query rows; refresh: decoding steps that share one search."""
+
+    budget: int = 512
+    block_q: int = 32
+    block_k: int = 2
+    window: int = 256
+    sink: int = 16
+    causal: bool = True
+    rep: str = "mid"
+    q_stride: int = 1
+    refresh: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"{name}: expected a power of two, got {size}")
+        if self.budget < 1 or self.budget % self.block_k:
+            raise ValueError(f"budget: expected a multiple of block_k {self.block_k}, got {self.budget}")
+        if self.rep not in ("mid", "first"):
+            raise ValueError(f"rep: expected 'mid' or 'first', got {self.rep!r}")
+        if min(self.window, self.sink) < 0 or min(self.q_stride, self.refresh) < 1:
+            raise ValueError("window, sink: expected 0 or more, and q_stride, refresh at least 1")
+
+    @property
+    def nodes(self) -> int:
+        """Key blocks that the search keeps."""
+        return self.budget // self.block_k
+
+
+def hip_mask(q: Tensor, k: Tensor, **config: object) -> BlockMask:
+    """The mask [B, Hq, ..] of queries [B, Hq, Tq, D] over keys [B, Hkv, Tk, D]; keyword arguments are those of `Config`.
+
+    When causal, the queries are the last Tq tokens. A budget of Tk or more keeps everything that may be seen.
+    """
+    settings = Config(**config)  # type: ignore[arg-type]
+    (b, hq, tq, d), (hkv, tk) = q.shape, k.shape[1:3]
+    if hq % hkv:
+        raise ValueError(f"heads: expected a multiple of the {hkv} key-value heads, got {hq} query heads")
+    if settings.causal and tk < tq:
+        raise ValueError(f"k: expected at least as many keys as the {tq} queries of a causal mask, got {tk}")
+    bq, bk, group = settings.block_q, settings.block_k, hq // hkv
+    blocks = -(-tq // bq)
+    heads = torch.arange(hq, device=q.device)[:, None, None] // group
+    samples = torch.arange(b, device=q.device)[:, None, None, None]
+    kept = torch.zeros(
+        b, hq, blocks, -(-tk // bk) + 1, dtype=torch.bool, device=q.device
+    )  # one more for none
+    step = max(1, KEYS // (b * hq * 2 * settings.budget * d))
+    for first in range(0, blocks, step):
+        rows = torch.arange(first * bq, min(tq, (first + step) * bq), device=q.device)
+        tile = torch.nn.functional.pad(rows, (0, -len(rows) % bq), value=-1).view(-1, bq)[
+            :, :: settings.q_stride
+        ]
+        ends = tile.amax(1) + 1 + (tk - tq) if settings.causal else torch.full_like(tile[:, 0], tk)
+        if (
+            settings.q_stride > 1 and settings.causal
+        ):  # the last row of the block may not be among those that are scored
+            ends = (torch.arange(first, first + len(tile), device=q.device) * bq + bq).clamp_max(tq) + (
+                tk - tq
+            )
+        near = q[:, :, tile.clamp_min(0)]
+        chosen = search(
+            settings, near, tile + (tk - tq), -(-ends // bk), tk, lambda at: k[samples, heads, at]
+        )
+        places = torch.where(chosen < 0, kept.shape[-1] - 1, chosen)
+        kept[:, :, first : first + len(tile)].scatter_(-1, places, True)
+    return _with_window(settings, kept[..., :-1], tq, tk)
+
+
+def search(config: Config, q: Tensor, at: Tensor, ends: Tensor, length: int, read: Read) -> Tensor:
+    """Key blocks [B, H, n, m] that the tree keeps, ascending and -1 where there are fewer.
+
+    q [B, H, n, R, D]: the scored rows of n query blocks, tokens `at` [n, R] (below 0: no row); ends [n]: key blocks that
+    they may see, of `length` keys.
+    """
+    m, bk = config.nodes, config.block_k
+    edges = torch.arange(m + 1, device=q.device) * ends[:, None] // m
+    low, high = (x.expand(*q.shape[:2], -1, -1).contiguous() for x in (edges[:, :-1], edges[:, 1:]))
+    while int((high - low).max()) > 1:
+        middle = (low + high + 1) // 2
+        low, high = (torch.stack(pair, -1).flatten(-2) for pair in ((low, middle), (middle, high)))
+        rep = low + (high - low) // 2 if config.rep == "mid" else low
+        scores = _score(config, q, at, rep.clamp_max(-(-length // bk) - 1), length, read)
+        scores = scores.masked_fill(high <= low, -torch.inf)
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m].sort(dim=-1).values
+        low, high = low.gather(-1, best), high.gather(-1, best)
+    return torch.where(high > low, low, -1)
+
+
+def _score(config: Config, q: Tensor, at: Tensor, rep: Tensor, length: int, read: Read) -> Tensor:
+    """max over (row, key) of q k for one key block per candidate [B, H, n, C], without keys that a row may not see."""
+    places = rep[..., None] * config.block_k + torch.arange(config.block_k, device=q.device)
+    products = q.float() @ read(places.flatten(-2).clamp_max(length - 1)).float().mT
+    counters.add(products=products.numel())
+    places = places.flatten(-2)[..., None, :]
+    seen = (places < length) & (at >= 0)[..., None]
+    if config.causal:
+        seen = seen & (at[..., None] >= places)
+    products = products.masked_fill(~seen, -torch.inf)
+    return products.unflatten(-1, (-1, config.block_k)).amax((-3, -1))
+
+
+def _with_window(config: Config, kept: Tensor, tq: int, tk: int) -> BlockMask:
+    """The chosen blocks, those of the window around each query and those of the first tokens."""
+    bq, bk = config.block_q, config.block_k
+    first = torch.arange(kept.shape[2], device=kept.device)[:, None] * bq + (tk - tq if config.causal else 0)
+    last, j = first + bq - 1, torch.arange(kept.shape[3], device=kept.device)
+    near = (j * bk + bk > first - config.window) & (
+        j * bk <= (last if config.causal else last + config.window)
+    )
+    mask = kept | near | (j * bk < config.sink)
+    sizes = {"block_size": (bq, bk), "q_len": tq, "kv_len": tk}
+    if not config.causal:
+        return BlockMask.from_dense_blocks(mask, **sizes)  # type: ignore[arg-type]
+    shift = tk - tq
+    full = mask & (j * bk + bk - 1 <= first)
+    rule = causal if shift == 0 else lambda b, h, i, key: i + shift >= key
+    return BlockMask.from_dense_blocks(mask & (j * bk <= last), full=full, rule=rule, **sizes)  # type: ignore[arg-type]
+
+
+@dataclass
+class Search:
+    """What decoding keeps between steps: the chosen key blocks [B, H, 1, m], and how many steps ago they were found."""
+
+    blocks: Tensor | None = None
+    age: int = 0
+
+
+class HiPAttention(nn.Module):
+    """Attention under the mask that the tree search finds, for prefill and decoding."""
+
+    def __init__(self, config: Config | None = None, num_heads: int = 0):
+        super().__init__()
+        self.config = config or Config()
+
+    def mask(self, q: Tensor, k: Tensor) -> BlockMask:
+        """The mask of these queries and keys."""
+        return hip_mask(q, k, **vars(self.config))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, Hq, T, D]; gradients flow through the attention, not through the choice."""
+        with torch.no_grad():
+            mask = self.mask(q, k)
+        return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
+
+    def decode(self, q1: Tensor, cache: KVCache, state: Search) -> Tensor:
+        """[B, Hq, 1, D] of the newest token, whose key and value are in the cache; every `refresh` steps it searches again
+        and writes the result to `state`, in between it attends to what was found then."""
+        length, config = cache.shape[2], self.config
+        if state.blocks is None or state.age >= config.refresh:
+            state.blocks, state.age = self._search(q1, cache), 0
+        state.age += 1
+        # Window and sink are whole blocks, as in the mask.
+        bk = config.block_k
+        begin, end = max(0, (length - 1 - config.window) // bk * bk), min(length, -(-config.sink // bk) * bk)
+        always = torch.cat([torch.arange(min(begin, end)), torch.arange(begin, length)]).to(q1.device)
+        chosen = state.blocks[..., None] * config.block_k + torch.arange(config.block_k, device=q1.device)
+        chosen = chosen.masked_fill(state.blocks[..., None] < 0, -1).flatten(-2)
+        again = (chosen < end) | (chosen >= begin)
+        index = torch.cat([always.expand(*q1.shape[:2], 1, -1), chosen.masked_fill(again, -1)], -1)
+        return decode_attention(q1, cache, IndexMask(index=index, kv_len=length))  # type: ignore[return-value]
+
+    def _search(self, q1: Tensor, cache: KVCache) -> Tensor:
+        (b, hkv, length, d), hq = cache.shape, q1.shape[1]
+
+        def read(at: Tensor) -> Tensor:
+            keys, _, rows = cache.rows(at.reshape(b, hkv, -1))
+            found = keys.gather(2, rows.clamp_min(0)[..., None].expand(-1, -1, -1, d))
+            return found.view(*at.shape, d)
+
+        if not length:
+            raise ValueError("cache: expected at least one token, got none; prefill it first")
+        now = torch.tensor([[length - 1]], device=q1.device)
+        ends = torch.tensor([-(-length // self.config.block_k)], device=q1.device)
+        return search(self.config, q1[:, :, None].expand(-1, hq, -1, -1, -1), now, ends, length, read)
+
+
+METHOD = register(
+    Method(name="attention/hip", paper="2406.09827", fidelity="exact", config=Config, make=HiPAttention)
+)
