@@ -72,19 +72,37 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add n tokens [B, H, n, D]."""
+        self._check(k, v)
+        end = self.length + k.shape[2]
+        self._open_pages(-(-end // self.page))
+        self._write(self.length, k, v)
+        for summary, parts in self._side.values():
+            parts.append(summary(k, v))
+        self.length = end
+
+    def rewrite(self, first: int, k: Tensor, v: Tensor) -> None:
+        """Put keys and values [B, H, n, D] in place of those of the tokens from `first` on; all must still be held."""
+        self._check(k, v)
+        last = first + k.shape[2]
+        if not 0 <= first < last <= self.length or not bool(self.held()[..., first:last].all()):
+            raise ValueError(
+                f"rewrite: expected tokens that are held, of {self.length}, got {first} to {last - 1}"
+            )
+        self._write(first, k, v)
+        for name, (summary, _) in self._side.items():
+            self.side(name)[:, :, first:last] = summary(k, v)
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
         batch, heads, _, width = self.shape
         if k.ndim != 4 or k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (batch, heads, width):
             raise ValueError(
                 f"k, v: expected both [{batch}, {heads}, n, {width}], got {list(k.shape)} and {list(v.shape)}"
             )
-        end = self.length + k.shape[2]
-        self._open_pages(-(-end // self.page))
-        places = self._places(torch.arange(self.length, end, device=self._table.device))
+
+    def _write(self, first: int, k: Tensor, v: Tensor) -> None:
+        places = self._places(torch.arange(first, first + k.shape[2], device=self._table.device))
         for pool, x in zip(self._pool, (k, v), strict=True):
-            pool.scatter_(2, places[..., None].expand(-1, -1, -1, width), x.to(pool))
-        for summary, parts in self._side.values():
-            parts.append(summary(k, v))
-        self.length = end
+            pool.scatter_(2, places[..., None].expand(-1, -1, -1, pool.shape[3]), x.to(pool))
 
     def _open_pages(self, count: int) -> None:
         """Give every head a page of the pool for each logical page below `count`."""
