@@ -1,0 +1,221 @@
+"""Double Sparsity (arXiv 2408.07092): few channels of a key say whether it matters, and few keys matter.
+
+Calibration finds, per head, the channels c with the largest mean of |q_c k_c| over tokens. The cache keeps these channels
+of every key once more, side by side and in four bits. In decoding
+
+    scores = q[channels] . labels / sqrt(r),   then exact attention over the k keys of highest score,
+
+so a step reads T r half bytes and 2 k D numbers instead of 2 T D. Query heads that share keys share the channels:
+importance is summed over the group. Calibrate with queries and keys as attention sees them, after a rotary embedding.
+
+Fidelity: exact. Prefetching for offloaded caches is `select` with the query of the layer below.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparse_core import counters
+from sparse_core.attention.calibrate import model_hash
+from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.masks import IndexMask
+from sparse_core.kernels.gather_decode import decode_attention
+from sparse_core.registry import Method, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """channels r per head, topk keys per query, label_bits 4 or 16; the first dense_layers layers attend to everything."""
+
+    channels: int = 8
+    topk: int = 256
+    label_bits: int = 4
+    dense_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or self.topk < 1 or self.dense_layers < 0:
+            raise ValueError(
+                f"channels, topk: expected at least 1, dense_layers 0 or more, got {self.channels}, {self.topk}, "
+                f"{self.dense_layers}"
+            )
+        if self.label_bits not in (4, 16):
+            raise ValueError(f"label_bits: expected 4 or 16, got {self.label_bits}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChannelPlan:
+    """channels [Hkv, r] per key-value head, most important first, of keys of `width` channels; model: its hash, or ""."""
+
+    channels: Tensor
+    width: int
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        heads = self.channels.ndim == 2 and self.channels.numel() > 0
+        if not heads or int(self.channels.min()) < 0 or int(self.channels.max()) >= self.width:
+            raise ValueError(
+                f"channels: expected [H, r] of 0 to {self.width - 1}, got "
+                f"{list(self.channels.shape)} {self.channels.tolist()}"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all."""
+        path = Path(path)
+        text = (
+            json.dumps(
+                {"width": self.width, "model": self.model, "channels": self.channels.tolist()}, indent=1
+            )
+            + "\n"
+        )
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> ChannelPlan:
+        """Read a plan. Raises ValueError naming the file where it is none."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(channels=torch.tensor(data["channels"]), width=data["width"], model=data["model"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a channel plan, got {error}; calibrate again") from None
+
+    def validate(self, model: nn.Module) -> None:
+        """ValueError where the plan was made for another model."""
+        found = model_hash(model)
+        if self.model != found:
+            raise ValueError(
+                f"plan: expected one for the model {found}, got one for {self.model or 'none'}; calibrate again"
+            )
+
+
+def calibrate_channels(
+    pairs: Iterable[tuple[Tensor, Tensor]], channels: int, model: nn.Module | None = None
+) -> ChannelPlan:
+    """The plan of one layer from its queries [B, Hq, T, D] and keys [B, Hkv, T, D] over some texts; `model` signs it."""
+    total, width, tokens = None, 0, 0
+    for q, k in pairs:
+        group, width = q.shape[1] // k.shape[1], k.shape[-1]
+        importance = (q.float().unflatten(1, (-1, group)) * k.float()[:, :, None]).abs().sum((0, 2, 3))
+        total = importance if total is None else total + importance
+        tokens += q.shape[0] * q.shape[2]
+    if total is None or not tokens:
+        raise ValueError("pairs: expected queries and keys of at least one token, got none")
+    if not 1 <= channels <= width:
+        raise ValueError(f"channels: expected 1 to {width}, got {channels}")
+    best = total.sort(dim=-1, descending=True, stable=True).indices[:, :channels]
+    return ChannelPlan(channels=best.cpu(), width=width, model=model_hash(model) if model is not None else "")
+
+
+class DoubleSparseCache(KVCache):
+    """A cache that also keeps the plan's channels of every key, in `label_bits` bits."""
+
+    def __init__(self, plan: ChannelPlan, batch: int = 1, *, label_bits: int = 4, **options):
+        heads, self.plan, self.label_bits = plan.channels.shape[0], plan, label_bits
+        super().__init__(batch, heads, plan.width, **options)
+        self.channels = plan.channels.to(self.device)
+        self.keep_beside("labels", self._label)
+
+    def _pick(self, x: Tensor) -> Tensor:
+        """The plan's channels of x [B, Hkv, .., D]."""
+        index = self.channels.view(1, len(self.channels), *[1] * (x.ndim - 3), -1)
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+    def _label(self, k: Tensor, v: Tensor) -> Tensor:
+        near = self._pick(k).float()
+        return quantise(near) if self.label_bits == 4 else near.half()
+
+    @property
+    def labels(self) -> Tensor:
+        """Float [B, Hkv, T, r]."""
+        kept = self.side("labels")
+        if kept.shape[2] != self.shape[2]:
+            raise RuntimeError(
+                f"labels: expected one per key, {self.shape[2]}, got {kept.shape[2]}; append through this cache alone"
+            )
+        counters.add(kv_bytes=kept.numel() * kept.element_size())
+        return dequantise(kept, self.channels.shape[1]) if self.label_bits == 4 else kept.float()
+
+    def select(self, q1: Tensor, topk: int) -> IndexMask:
+        """The `topk` keys of highest score per query head of q1 [B, Hq, 1, D]. With the query of the layer below, which is
+        much alike, keys of an offloaded cache can be asked for before they are needed."""
+        if topk < 1:
+            raise ValueError(f"topk: expected at least one key, got {topk}")
+        if not self.length:
+            raise ValueError("cache: expected at least one token, got none; prefill it first")
+        heads, r = self.channels.shape
+        near = self._pick(q1.float().view(q1.shape[0], heads, -1, q1.shape[-1]))
+        scores = near @ self.labels.mT / math.sqrt(r)
+        counters.add(multiply_adds=scores.numel() * r)
+        scores = scores.masked_fill(~self.held()[:, :, None].to(scores.device), -torch.inf)
+        return IndexMask.from_topk(scores.view(q1.shape[0], q1.shape[1], 1, -1), topk)
+
+
+def double_sparse_decode(
+    q1: Tensor, cache: DoubleSparseCache, topk: int, selection: IndexMask | None = None
+) -> Tensor:
+    """[B, Hq, 1, D]: exact attention over the keys that `selection` names, or that the labels choose."""
+    return decode_attention(q1, cache, selection or cache.select(q1, topk))  # type: ignore[return-value]
+
+
+def quantise(x: Tensor) -> Tensor:
+    """Rows [.., r] in four bits each, between the row's least and largest: uint8 [.., 4 + ceil(r / 2)], of which the first
+    four bytes are the least and the step in float16."""
+    low = x.amin(-1, keepdim=True).half()
+    step = ((x.amax(-1, keepdim=True) - low.float()) / 15).half()
+    codes = (
+        torch.where(step > 0, (x - low.float()) / step.float().clamp_min(1e-8), 0)
+        .round()
+        .clamp(0, 15)
+        .to(torch.uint8)
+    )
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    head = torch.cat([low, step], -1).contiguous().view(torch.uint8)
+    return torch.cat([head, codes[..., ::2] * 16 + codes[..., 1::2]], -1)
+
+
+def dequantise(packed: Tensor, r: int) -> Tensor:
+    """Rows [.., r] of what `quantise` made."""
+    head = packed[..., :4].contiguous().view(torch.float16).float()
+    codes = torch.stack([packed[..., 4:] // 16, packed[..., 4:] % 16], -1).flatten(-2)[..., :r]
+    return head[..., :1] + head[..., 1:] * codes
+
+
+class DoubleSparsity(nn.Module):
+    """Decoding by layers: the first ones dense, the others over the keys that their labels choose."""
+
+    def __init__(self, config: Config | None = None, num_heads: int = 0):
+        super().__init__()
+        self.config = config or Config()
+
+    def decode(self, layer: int, q1: Tensor, cache: DoubleSparseCache) -> Tensor:
+        """[B, Hq, 1, D]."""
+        dense = layer < self.config.dense_layers
+        if not dense:
+            return double_sparse_decode(q1, cache, self.config.topk)
+        everything = torch.arange(cache.length, device=q1.device).expand(q1.shape[0], q1.shape[1], 1, -1)
+        return decode_attention(q1, cache, IndexMask(index=everything, kv_len=cache.length))  # type: ignore[return-value]
+
+
+METHOD = register(
+    Method(
+        name="attention/double_sparsity",
+        paper="2408.07092",
+        fidelity="exact",
+        config=Config,
+        make=DoubleSparsity,
+        needs=("calibration",),
+    )
+)

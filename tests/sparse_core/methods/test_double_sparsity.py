@@ -1,0 +1,173 @@
+"""Double Sparsity: calibration, four-bit labels, what is chosen and read, plans on disk."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparse_core import counters
+from sparse_core.methods.attention.double_sparsity import (
+    ChannelPlan,
+    Config,
+    DoubleSparseCache,
+    DoubleSparsity,
+    calibrate_channels,
+    dequantise,
+    double_sparse_decode,
+    quantise,
+)
+
+LENGTH, WIDTH = 512, 64
+
+
+def draw(heads=4, kv_heads=4, length=LENGTH, seed=0):
+    """Queries and keys of which some channels are much larger than others, and values."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp(1.2 * torch.randn(kv_heads, 1, WIDTH, generator=torch.Generator().manual_seed(99)))
+    q, k, v = (torch.randn(1, h, length, WIDTH, generator=generator) for h in (heads, kv_heads, kv_heads))
+    return q * scale.repeat_interleave(heads // kv_heads, 0), k * scale, v
+
+
+def fill(plan, k, v, **options):
+    cache = DoubleSparseCache(plan, **options)
+    cache.append(k[:, :, :300], v[:, :, :300])
+    for t in range(300, k.shape[2], 50):
+        cache.append(k[:, :, t : t + 50], v[:, :, t : t + 50])
+    return cache
+
+
+def mass(q1, k, selection):
+    group = q1.shape[1] // k.shape[1]
+    weights = (q1 @ k.repeat_interleave(group, 1).mT * WIDTH**-0.5).softmax(-1)
+    return float((weights * selection.to_token_mask()).sum(-1).mean())
+
+
+def test_the_channels_are_those_of_the_largest_mean_product():
+    q, k, _ = draw()
+    expected = (q * k).abs().mean((0, 2)).sort(dim=-1, descending=True).indices[:, :5]
+    halves = [(q[:, :, :200], k[:, :, :200]), (q[:, :, 200:], k[:, :, 200:])]
+    assert torch.equal(calibrate_channels(halves, 5).channels, expected)
+
+
+def test_heads_that_share_keys_share_channels():
+    q, k, _ = draw(heads=4, kv_heads=2)
+    importance = (q * k.repeat_interleave(2, 1)).abs().sum((0, 2)).unflatten(0, (2, 2)).sum(1)
+    plan = calibrate_channels([(q, k)], 6)
+    assert torch.equal(plan.channels, importance.sort(dim=-1, descending=True).indices[:, :6])
+
+
+@pytest.mark.parametrize("r", [1, 7, 8])
+def test_four_bits_come_back_within_half_a_step(r):
+    x = torch.randn(2, 3, 9, r, generator=torch.Generator().manual_seed(0))
+    packed = quantise(x)
+    assert packed.shape[-1] == 4 + (r + 1) // 2
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 15
+    assert ((dequantise(packed, r) - x).abs() <= 0.5 * step + 0.005 * x.abs().amax() + 1e-3).all()
+
+
+def test_a_row_of_equal_values_is_no_division_by_zero():
+    x = torch.full((1, 1, 2, 4), 0.75)
+    torch.testing.assert_close(dequantise(quantise(x), 4), x)
+
+
+@pytest.mark.parametrize("label_bits", [4, 16])
+def test_calibrated_channels_find_what_matters(label_bits):
+    q, k, v = draw()
+    plan, k2 = calibrate_channels([draw(seed=1)[:2]], 8), LENGTH // 16
+    q1 = q[:, :, -1:]
+    found = {}
+    generator = torch.Generator().manual_seed(3)
+    random = torch.stack([torch.randperm(WIDTH, generator=generator)[:8] for _ in range(4)])
+    for name, channels in (
+        ("ours", plan.channels),
+        ("random", random),
+        ("all", torch.arange(WIDTH).expand(4, -1)),
+    ):
+        cache = fill(
+            ChannelPlan(channels=channels, width=WIDTH), k, v, label_bits=16 if name == "all" else label_bits
+        )
+        found[name] = mass(q1, k, cache.select(q1, k2))
+    assert found["ours"] > 0.8 * found["all"]
+    assert found["ours"] > 2 * found["random"]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_budget_of_everything_is_dense(kv_heads):
+    q, k, v = draw(kv_heads=kv_heads)
+    plan = calibrate_channels([(q, k)], 4)
+    out = double_sparse_decode(q[:, :, -1:], fill(plan, k, v), 9999)
+    exact = F.scaled_dot_product_attention(q[:, :, -1:], k, v, enable_gqa=True)
+    torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-4)
+
+
+def test_reads_are_a_fraction_of_the_cache():
+    q, k, v = draw()
+    cache = fill(calibrate_channels([(q, k)], 8), k, v)
+    with counters.count() as counter:
+        double_sparse_decode(q[:, :, -1:], cache, LENGTH // 16)
+    labels, kept = 4 * LENGTH * (4 + 4), 2 * 4 * (LENGTH // 16) * WIDTH * 4
+    assert counter.kv_bytes == labels + kept
+    assert counter.kv_bytes < 0.16 * 2 * 4 * LENGTH * WIDTH * 4
+
+
+def test_a_choice_made_earlier_may_be_used():
+    q, k, v = draw()
+    cache = fill(calibrate_channels([(q, k)], 8), k, v, offload=True)
+    selection = cache.select(q[:, :, -2:-1], 40)
+    ours = double_sparse_decode(q[:, :, -1:], cache, 40, selection)
+    assert not torch.allclose(ours, double_sparse_decode(q[:, :, -1:], cache, 40), atol=1e-4)
+
+
+def test_early_layers_are_dense():
+    q, k, v = draw()
+    cache, method = (
+        fill(calibrate_channels([(q, k)], 2), k, v),
+        DoubleSparsity(Config(topk=4, dense_layers=1)),
+    )
+    exact = F.scaled_dot_product_attention(q[:, :, -1:], k, v)
+    torch.testing.assert_close(method.decode(0, q[:, :, -1:], cache), exact, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(method.decode(1, q[:, :, -1:], cache), exact, atol=1e-3)
+
+
+def test_plans_are_kept_on_disk_and_know_their_model(tmp_path):
+    q, k, _ = draw()
+    model, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = calibrate_channels([(q, k)], 4, model).save(tmp_path / "plan.json")
+    plan = ChannelPlan.load(path)
+    assert torch.equal(plan.channels, calibrate_channels([(q, k)], 4).channels)
+    plan.validate(model)
+    with pytest.raises(
+        ValueError, match="plan: expected one for the model .*, got one for .*; calibrate again"
+    ):
+        plan.validate(other)
+    path.write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"plan.json: expected a channel plan, got 'channels'; calibrate again"
+    ):
+        ChannelPlan.load(path)
+
+
+def test_labels_of_another_length_are_refused():
+    q, k, v = draw()
+    cache = fill(calibrate_channels([(q, k)], 4), k, v)
+    cache.length += 1
+    with pytest.raises(RuntimeError, match="labels: expected one per key, 513, got 512"):
+        _ = cache.labels
+
+
+@pytest.mark.parametrize("channels", [0, 65])
+def test_more_channels_than_there_are_is_refused(channels):
+    with pytest.raises(ValueError, match=f"channels: expected 1 to 64, got {channels}"):
+        calibrate_channels([draw()[:2]], channels)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="pairs: expected queries and keys of at least one token, got none"):
+        calibrate_channels([], 4)
+    with pytest.raises(ValueError, match="label_bits: expected 4 or 16, got 8"):
+        Config(label_bits=8)
+    plan = ChannelPlan(channels=torch.zeros(1, 2, dtype=torch.long), width=8)
+    with pytest.raises(ValueError, match="cache: expected at least one token, got none; prefill it first"):
+        DoubleSparseCache(plan).select(torch.zeros(1, 1, 1, 8), 4)
+    with pytest.raises(ValueError, match=r"channels: expected \[H, r\] of 0 to 7, got"):
+        ChannelPlan(channels=torch.full((1, 2), 8), width=8)
