@@ -1,0 +1,223 @@
+"""Combiner (arXiv 2107.05768): every query reaches every key, near ones directly, far ones through summaries of regions.
+
+For row i with direct keys O0 and regions O1, O2, .. that partition the rest of what it may see,
+
+    p(j | i) = exp(q_i k_j) / Z_i                            for j in O0
+    p(r | i) = exp(q_i kbar_r) / Z_i,  p(j | r) = softmax over j in r of qbar_r k_j,
+    out_i    = sum over O0 of p v_j + sum over r of p(r | i) vbar_r,  vbar_r = sum over j in r of p(j | r) v_j,
+
+where one Z_i sums both kinds, and qbar, kbar pool the region. Variants: `fixed`, segments of b tokens, direct inside the
+own one, O(T (b + T / b)); `logsparse`, aligned regions of length 1, 2, 4, .., O(T log T); `axial`, on a grid: direct are
+the own row and column, regions the other columns above (and, looking ahead, below).
+
+Not a drop-in for trained weights: a region of n equal keys weighs exp(s) instead of n exp(s); `log_count_bias` adds log n
+and makes such regions exact.
+
+Fidelity: adapted. The axial partition is ours, and the paper's logsparse regions are not aligned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_core import counters
+from sparse_core.attention.merge import attend_part, merge_lse
+from sparse_core.registry import Method, register
+
+Pool = Callable[[Tensor, Tensor], Tensor]
+"""Of x [.., n, D] and which tokens there are, bool [.., n]: one vector per region, [.., D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """segment: tokens per region of `fixed`, about sqrt(T) when None; grid (rows, columns) of `axial`."""
+
+    variant: str = "fixed"
+    segment: int | None = None
+    pool: str = "max"
+    causal: bool = True
+    grid: tuple[int, int] | None = None
+    log_count_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("fixed", "logsparse", "axial"):
+            raise ValueError(f"variant: expected fixed, logsparse or axial, got {self.variant!r}")
+        if self.pool not in (*POOLS, "deepset"):
+            raise ValueError(f"pool: expected {', '.join(POOLS)} or deepset, got {self.pool!r}")
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"segment: expected at least one token, got {self.segment}")
+        if self.variant == "logsparse" and not self.causal:
+            raise ValueError(
+                "variant: expected a causal logsparse, got one that looks ahead; take fixed or axial"
+            )
+
+
+def _max(x: Tensor, there: Tensor) -> Tensor:
+    return x.masked_fill(~there[..., None], -torch.inf).amax(-2).nan_to_num(neginf=0.0)
+
+
+def _sum(x: Tensor, there: Tensor) -> Tensor:
+    return (x * there[..., None]).sum(-2)
+
+
+def _mean(x: Tensor, there: Tensor) -> Tensor:
+    return _sum(x, there) / there.sum(-1, keepdim=True).clamp_min(1)
+
+
+POOLS: dict[str, Pool] = {"max": _max, "mean": _mean, "sum": _sum}
+
+
+def combiner_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, pools: tuple[Pool, Pool] | None = None, **config: object
+) -> Tensor:
+    """[B, H, T, D] of q, k, v of that shape; keyword arguments are those of `Config`, `pools` for queries and keys."""
+    settings = Config(**config)  # type: ignore[arg-type]
+    if not q.shape == k.shape == v.shape[:3] + q.shape[3:]:
+        raise ValueError(
+            f"q, k, v: expected one [B, H, T, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
+            "repeat shared heads"
+        )
+    if pools is None:
+        if settings.pool == "deepset":
+            raise ValueError("pool: expected learned pools for deepset, got none; use the module Combiner")
+        pools = (POOLS[settings.pool], POOLS[settings.pool])
+    attend = {"fixed": _fixed, "logsparse": _logsparse, "axial": _axial}[settings.variant]
+    scaled = q.float() * q.shape[-1] ** -0.5
+    return attend(settings, scaled, k.float(), v.float(), pools).to(q.dtype)
+
+
+def effective_attention(q: Tensor, k: Tensor, **config: object) -> Tensor:
+    """The attention matrix [B, H, T, T] that results. For tests and pictures: it is as large as dense attention."""
+    length = q.shape[2]
+    values = torch.eye(length, device=q.device).expand(*q.shape[:2], -1, -1)
+    return combiner_attention(q, k, values, **config)  # type: ignore[arg-type]
+
+
+def _summaries(
+    q: Tensor, k: Tensor, v: Tensor, there: Tensor, pools: tuple[Pool, Pool]
+) -> tuple[Tensor, Tensor]:
+    """kbar and vbar [.., D] of regions of n tokens [.., n, D]; regions without any token give 0."""
+    qbar, kbar = pools[0](q, there), pools[1](k, there)
+    scores = (qbar[..., None, :] @ k.mT).masked_fill(~there[..., None, :], -torch.inf)
+    return kbar, attend_part(scores, v)[0][..., 0, :]
+
+
+def _bias(config: Config, there: Tensor) -> Tensor:
+    """What is added to the score of regions [.., n]: -inf where they hold no token, and log n if asked."""
+    count = there.sum(-1)
+    bias = count.clamp_min(1).log() if config.log_count_bias else torch.zeros_like(count, dtype=torch.float32)
+    return bias.masked_fill(count == 0, -torch.inf)
+
+
+def _fixed(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, Pool]) -> Tensor:
+    length = q.shape[2]
+    b = min(length, config.segment or max(1, round(math.sqrt(length))))
+    spare = -length % b
+    q, k, v = (nn.functional.pad(x, (0, 0, 0, spare)).unflatten(2, (-1, b)) for x in (q, k, v))
+    there = (torch.arange(length + spare, device=q.device) < length).view(-1, b)
+    segments = len(there)
+    near = there[:, None, :] & (torch.ones(b, b, device=q.device).tril().bool() if config.causal else True)
+    direct = attend_part((q @ k.mT).masked_fill(~near, -torch.inf), v)
+    kbar, vbar = _summaries(q, k, v, there, pools)
+    own, other = torch.arange(segments, device=q.device)[:, None], torch.arange(segments, device=q.device)
+    seen = other < own if config.causal else other != own
+    far = (q.flatten(2, 3) @ kbar.mT + _bias(config, there)).unflatten(2, (-1, b))
+    regions = attend_part(far.masked_fill(~seen[:, None], -torch.inf), vbar[:, :, None])
+    counters.add(products=q.shape[0] * q.shape[1] * (length + spare) * (b + segments))
+    return merge_lse([direct, regions])[0].flatten(2, 3)[:, :, :length]
+
+
+def _logsparse(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, Pool]) -> Tensor:
+    """Row i: itself directly, and for every bit l of i that is set the aligned region of 2^l tokens that ends there."""
+    length, device = q.shape[2], q.device
+    levels = max(0, length - 1).bit_length()
+    full = 2**levels
+    padded = [nn.functional.pad(x, (0, 0, 0, full - length)) for x in (q, k, v)]
+    present = torch.arange(full, device=device) < length
+    row = torch.arange(length, device=device)
+    scores, values = [(q * k).sum(-1)], [v]
+    for level in range(levels):
+        near = [x.unflatten(2, (-1, 2**level)) for x in padded]
+        there = present.view(-1, 2**level)
+        kbar, vbar = _summaries(*near, there, pools)
+        region = (row >> level) - 1
+        used = ((row >> level) & 1).bool()
+        score = (q * kbar[:, :, region.clamp_min(0)]).sum(-1) + _bias(config, there)[region.clamp_min(0)]
+        scores.append(score.masked_fill(~used, -torch.inf))
+        values.append(vbar[:, :, region.clamp_min(0)])
+    counters.add(products=q.shape[0] * q.shape[1] * (length * (levels + 1) + full * levels))
+    weights = torch.stack(scores, -1).softmax(-1)
+    return (weights[..., None, :] @ torch.stack(values, -2))[..., 0, :]
+
+
+def _axial(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, Pool]) -> Tensor:
+    """On a grid of rows and columns: the own row and column directly, the other columns as regions."""
+    if config.grid is None or math.prod(config.grid) != q.shape[2]:
+        raise ValueError(f"grid: expected rows times columns to be {q.shape[2]} tokens, got {config.grid}")
+    rows, columns = config.grid
+    q, k, v = (x.unflatten(2, (rows, columns)) for x in (q, k, v))
+    device = q.device
+    along, above = (torch.ones(n, n, device=device, dtype=torch.bool) for n in (columns, rows))
+    parts = [attend_part((q @ k.mT).masked_fill(~(along.tril() if config.causal else along), -torch.inf), v)]
+    down = [x.transpose(2, 3) for x in (q, k, v)]
+    beyond = above.tril(-1) if config.causal else ~torch.eye(rows, dtype=torch.bool, device=device)
+    column = attend_part((down[0] @ down[1].mT).masked_fill(~beyond, -torch.inf), down[2])
+    parts.append((column[0].transpose(2, 3), column[1].transpose(2, 3)))
+    other = ~torch.eye(columns, dtype=torch.bool, device=device)
+    for there in [above.tril(-1)] if config.causal else [above.tril(-1), above.triu(1)]:
+        # A region per (row, column): the tokens of that column above the row, or below it.
+        near = [x[:, :, :, None].expand(-1, -1, -1, rows, -1, -1) for x in down]
+        kbar, vbar = _summaries(*near, there, pools)  # [B, H, columns, rows, D]
+        score = q @ kbar.transpose(2, 3).mT + _bias(config, there)[:, None, None]
+        parts.append(attend_part(score.masked_fill(~other, -torch.inf), vbar.transpose(2, 3)))
+    counters.add(products=q.shape[0] * q.shape[1] * rows * columns * (2 * columns + 2 * rows))
+    return merge_lse(parts)[0].flatten(2, 3)
+
+
+class DeepSet(nn.Module):
+    """A learned pool: a small network of every token, summed, and another of the sum; it starts as the mean."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        self.outer = nn.Linear(width, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, x: Tensor, there: Tensor) -> Tensor:
+        """[.., n, D] and bool [.., n] -> [.., D]."""
+        return _mean(x, there) + self.outer(_mean(self.inner(x), there))
+
+
+class Combiner(nn.Module):
+    """Combiner attention of heads of `width` channels; with pool `deepset` it has weights of its own."""
+
+    def __init__(self, config: Config | None = None, num_heads: int = 0, width: int = 0):
+        super().__init__()
+        self.config = config or Config()
+        learned = self.config.pool == "deepset"
+        if learned and width < 1:
+            raise ValueError(f"width: expected the channels per head for a deepset pool, got {width}")
+        self.pools = nn.ModuleList(DeepSet(width) for _ in range(2)) if learned else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, T, D]."""
+        pools = None if self.pools is None else (self.pools[0], self.pools[1])
+        return combiner_attention(q, k, v, pools=pools, **vars(self.config))
+
+
+METHOD = register(
+    Method(
+        name="attention/combiner",
+        paper="2107.05768",
+        fidelity="adapted",
+        config=Config,
+        make=Combiner,
+        needs=("training",),
+    )
+)
