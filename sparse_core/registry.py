@@ -18,7 +18,7 @@ _methods: dict[str, Method] = {}
 class Method:
     """One method: `name` as `family/name`, the paper, how close to it we are, its config class, and what the config makes.
 
-    make(config, ..): depends on the family; for attention a module that attends, called as make(config, heads, width).
+    make(config, ..): what does the work; what else it takes is the method's own.
     needs: what must be done before use, such as calibration or training.
     """
 

@@ -55,7 +55,7 @@ class Demo:
             f"imagine {count(self.frames, 'frame')} of {count(self.takes, 'new episode')} per task, from the instruction "
             "and from the actions",
             f"let the policy play {count(self.episodes, 'episode')} per task in MuJoCo",
-            f"into {self.out / 'report.html'}; about two minutes on two cores",
+            f"into {self.out / 'report.html'}; with the defaults about two minutes on two quiet cores",
         )
         results = measure(self, pipe, policy)
         from enerverse.demo.page import build

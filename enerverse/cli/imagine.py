@@ -88,6 +88,7 @@ class Imagine:
         return command(
             "enerverse imagine", checkpoint=self.checkpoint, data=self.data, episode=self.episode or None,
             start=self.start if self.start != 8 else None, frames=self.frames if self.frames != 32 else None,
+            memory=self.memory, steps=self.steps if self.steps != 5 else None, seed=self.seed or None,
             with_actions=True, device=self.device,
         )  # fmt: skip
 

@@ -147,7 +147,7 @@ def _check_facts(path: Path, facts: dict[str, Any], made: list[Path]) -> None:
         if there.get(key) != value:
             raise ValueError(
                 f"{path}: the folder was made from other {key} ({there.get(key)} there, {value} here); choose "
-                f"another --out or delete {_places(made)}"
+                f"another --out, or delete {_places(made)} and whatever was made from it"
             )
 
 

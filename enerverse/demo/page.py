@@ -59,9 +59,9 @@ def _about(results: DemoResults) -> str:
     takes = sum(len(part.takes) for part in results.imaginations.values())
     frames = next(iter(results.imaginations.values())).length
     return (
-        f"Imagination: PSNR in dB over {count(frames, 'frame')} and all views of {count(takes, 'episode')} with seeds "
-        "outside the training data. Policy: episodes solved in MuJoCo with the 95 % Wilson interval, and mean control "
-        "steps. "
+        f"Imagination: PSNR in dB over the true frames, at most {frames}, and all views of {count(takes, 'episode')} with "
+        "seeds outside the training data. Policy: episodes solved in MuJoCo with the 95 % Wilson interval, and mean "
+        "control steps. "
         f"{results.checkpoint}."
     )
 

@@ -2,7 +2,7 @@
 
 A policy answers two questions about frame times (integers, 0 = first frame of the episode): `select(times,
 now)` names the K frames that form the context, oldest first, the last observed frame always last;
-`retain(now)` names the frames that must be kept to answer later questions. A policy keeps a bounded number of
+`retain(times, now)` names the frames that must be kept to answer later questions. A policy keeps a bounded number of
 frames however long the rollout is. Source: EnerVerse (arXiv 2501.01895, section 3.1) for sparse memory and
 the sliding window; EVAC's inference for the fractions 0, 1/3, 2/3, last.
 """

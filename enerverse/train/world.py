@@ -102,8 +102,8 @@ class WorldTask:
         loss = (frames * weights).mean()
         hints = {} if plan is None else self._hints(plan, clip, told)
         logs = {name: float(value.detach()) for name, value in {"pictures": loss, **hints}.items()}
-        weights = {"places": self.config.localize, "actions": self.config.act}
-        return loss + sum(weights[name] * value for name, value in hints.items()), logs
+        shares = {"places": self.config.localize, "actions": self.config.act}
+        return loss + sum(shares[name] * value for name, value in hints.items()), logs
 
     def _hints(self, plan: Tensor, clip: Clip, told: Tensor) -> dict[str, Tensor]:
         """What the plan's tokens [B, n, D] are asked besides the pictures: the simulator's facts, and the actions of the

@@ -5,7 +5,7 @@ highest q k; the layers after it attend to these positions alone, with their own
 corrects the choice. Positions are found anew in every step, and the newest token is always among them. Since sparsely
 decoded tokens leave slightly other keys and values behind, `correct_cache` may recompute them densely now and then.
 
-Fidelity: exact. `choose_correction_layer` goes by kept attention, where the paper uses a needle test.
+Fidelity: adapted. `choose_correction_layer` goes by kept attention, where the paper uses a needle test.
 """
 
 from __future__ import annotations
@@ -78,12 +78,13 @@ def attend_to_all(q1: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
     k, v = cache.keys, cache.values
     b, hq, _, d = q1.shape
     grouped = q1.float().view(b, k.shape[1], -1, d)
-    scores = grouped @ k.float().mT
+    # A token that its head has given back has no key.
+    scores = (grouped @ k.float().mT).masked_fill(~cache.held()[:, :, None].to(k.device), -torch.inf)
     out = (scores * d**-0.5).softmax(-1) @ v.float()
     counters.add(
         products=scores.numel(),
         multiply_adds=2 * scores.numel() * d,
-        kv_bytes=2 * scores.numel() * d * k.element_size(),
+        kv_bytes=2 * k.numel() * k.element_size(),
     )
     return out.view(b, hq, 1, d).to(q1.dtype), scores.view(b, hq, -1)
 
@@ -140,6 +141,6 @@ def _kept_by_source(layers: Sequence[tuple[Tensor, Tensor]], topk: int) -> Tenso
 
 METHOD = register(
     Method(
-        name="attention/tidal", paper="2410.05076", fidelity="exact", config=TidalSchedule, make=TidalState
+        name="attention/tidal", paper="2410.05076", fidelity="adapted", config=TidalSchedule, make=TidalState
     )
 )

@@ -58,10 +58,10 @@ def test_facts_are_compared_where_something_was_made(tmp_path):
     made.touch()
     remember(facts, {"datasets": [("lift", 2)]}, made)
     with pytest.raises(
-        ValueError, match=r"made from other datasets \(.*\); choose another --out or delete"
+        ValueError, match=r"made from other datasets \(.*\); choose another --out, or delete"
     ) as error:
         remember(facts, {"datasets": [["push", 2]]}, made)
-    assert str(error.value).endswith(f"delete {made}")
+    assert str(error.value).endswith(f"delete {made} and whatever was made from it")
 
 
 def test_what_is_of_unknown_origin_is_refused_until_it_is_deleted(tmp_path):
