@@ -104,7 +104,10 @@ def test_rows_and_page_say_the_same(results):
     page = build(results).html()
     assert "3 of 4" in page
     assert "30 to 95%" in page
-    assert "over 4 frames and all views of 2 episodes with seeds outside the training data" in page
+    assert (
+        "over the true frames, at most 4, and all views of 2 episodes with seeds outside the training data"
+        in page
+    )
     assert "<td>20.0</td>" in page
     assert page.count("<video") == 5  # two takes, twice, and the policy
 
@@ -117,7 +120,7 @@ def test_one_is_counted_in_the_singular(results):
         takes=[make_take(6)], seen=2, versions={"instruction": short["told"], "actions": short["told"]}
     )
     page = build(replace(results, imaginations={"Push": part}, memory=None)).html()
-    assert "over 1 frame and all views of 1 episode with seeds" in page
+    assert "over the true frames, at most 1, and all views of 1 episode with seeds" in page
 
 
 def test_more_observed_frames_than_the_shortest_take_has_are_refused():
