@@ -144,7 +144,7 @@ def _logsparse(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Poo
     for level in range(levels):
         near = [x.unflatten(2, (-1, 2**level)) for x in padded]
         there = present.view(-1, 2**level)
-        kbar, vbar = _summaries(*near, there, pools)
+        kbar, vbar = _summaries(near[0], near[1], near[2], there, pools)
         region = (row >> level) - 1
         used = ((row >> level) & 1).bool()
         score = (q * kbar[:, :, region.clamp_min(0)]).sum(-1) + _bias(config, there)[region.clamp_min(0)]
@@ -172,7 +172,7 @@ def _axial(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, P
     for there in [above.tril(-1)] if config.causal else [above.tril(-1), above.triu(1)]:
         # A region per (row, column): the tokens of that column above the row, or below it.
         near = [x[:, :, :, None].expand(-1, -1, -1, rows, -1, -1) for x in down]
-        kbar, vbar = _summaries(*near, there, pools)  # [B, H, columns, rows, D]
+        kbar, vbar = _summaries(near[0], near[1], near[2], there, pools)  # [B, H, columns, rows, D]
         score = q @ kbar.transpose(2, 3).mT + _bias(config, there)[:, None, None]
         parts.append(attend_part(score.masked_fill(~other, -torch.inf), vbar.transpose(2, 3)))
     counters.add(products=q.shape[0] * q.shape[1] * rows * columns * (2 * columns + 2 * rows))
