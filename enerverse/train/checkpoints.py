@@ -21,7 +21,7 @@ KEPT = 2
 def save_checkpoint(
     run: Path, step: int, module: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer
 ) -> Path:
-    """Write `run/checkpoints/step_XXXXXXX` after optimiser step `step`; older ones beyond the last two go."""
+    """Write `run/checkpoints/step_0000250` (after optimiser step 250); older ones beyond the last two go."""
     folder = run / "checkpoints"
     final, temporary = folder / f"step_{step:07d}", folder / f".step_{step:07d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -121,7 +121,7 @@ def _emitted(write: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emitter = _Emitter(context, builder, signature, arguments)
         write(emitter, *emitter.values)
-        return context.get_dummy_value()
+        return context.get_dummy_value()  # numba's word for what a function without a result returns
 
     return codegen
 

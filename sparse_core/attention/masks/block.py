@@ -1,8 +1,4 @@
-"""Which keys each query looks at: masks kept as lists of blocks, so that no [Tq, Tk] tensor ever exists.
-
-`BlockMask` has flex_attention's layout. Every method of `sparse_core.methods.attention` makes one of the masks of this
-module, and the kernels of `sparse_core.kernels.block_attention` read them.
-"""
+"""Blocks of keys per block of queries, in flex_attention's layout."""
 
 from __future__ import annotations
 
@@ -326,53 +322,6 @@ class BlockMask:
             raise ValueError(
                 f"masks: expected equal block size and lengths, got {ours} and {theirs}; make them of one size"
             )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class IndexMask:
-    """Single keys per query: index [B, H, Tq, n] int64 of keys, below 0 where a place is empty; kv_len keys in all.
-
-    H may be that of the query heads, or of the key-value heads, whose whole group then shares the keys.
-    """
-
-    index: Tensor
-    kv_len: int
-
-    def __post_init__(self) -> None:
-        if self.index.ndim != 4:
-            raise ValueError(f"index: expected [B, H, Tq, n], got {list(self.index.shape)}")
-        if self.index.numel() and int(self.index.max()) >= self.kv_len:
-            raise ValueError(f"index: expected keys 0 to {self.kv_len - 1}, got {int(self.index.max())}")
-
-    @classmethod
-    def from_topk(cls, scores: Tensor, k: int, force: Tensor | None = None) -> IndexMask:
-        """The `k` keys of highest score [B, H, Tq, T] per query, those of `force` (bool, broadcasts) before all others;
-        scores of -inf are never taken, and of equal ones the lower index wins."""
-        if k < 1:
-            raise ValueError(f"k: expected at least one key per query, got {k}")
-        if scores.isnan().any():
-            raise ValueError("scores: expected numbers, got NaN; check what made them")
-        if force is not None:
-            scores = scores.masked_fill(force, torch.inf)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        index = order.masked_fill(scores.gather(-1, order) == -torch.inf, -1)
-        return cls(index=index, kv_len=scores.shape[-1])
-
-    @classmethod
-    def from_pages(cls, pages: Tensor, page: int, kv_len: int) -> IndexMask:
-        """All keys of `pages` [B, H, Tq, n], of `page` keys each; the last one may be ragged."""
-        index = pages[..., None] * page + torch.arange(page, device=pages.device)
-        index = index.masked_fill((pages[..., None] < 0) | (index >= kv_len), -1)
-        return cls(index=index.flatten(-2), kv_len=kv_len)
-
-    def density(self) -> float:
-        """Named keys as a share of all."""
-        return float((self.index >= 0).sum() / max(1, self.index[..., 0].numel() * self.kv_len))
-
-    def to_token_mask(self) -> Tensor:
-        """bool [B, H, Tq, kv_len]. For tests and the reference."""
-        mask = torch.zeros(*self.index.shape[:3], self.kv_len + 1, dtype=torch.bool, device=self.index.device)
-        return mask.scatter_(-1, self.index.clamp_min(-1) % (self.kv_len + 1), True)[..., : self.kv_len]
 
 
 def _blocks(length: int, block: int) -> int:
