@@ -8,6 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Literal
 
+from sparse_core.attention.layer import AttentionLayer
 from sparse_core.errors import unknown
 
 FAMILIES = ("attention",)
@@ -18,7 +19,9 @@ _methods: dict[str, Method] = {}
 class Method:
     """One method: `name` as `family/name`, the paper, how close to it we are, its config class, and what the config makes.
 
-    make(config, ..): what does the work; what else it takes is the method's own.
+    kind: `prefill` and `train` attend to whole sequences, the second only after training with it; `decode` serves one new
+    token after another. make(config, ..): what does the work; what else it takes is the method's own.
+    layer(config, heads, kv_heads, width): the method as an `AttentionLayer`, None for those that only decode.
     needs: what must be done before use, such as calibration or training.
     """
 
@@ -26,7 +29,9 @@ class Method:
     paper: str
     fidelity: Literal["exact", "adapted", "simplified"]
     config: type
+    kind: Literal["prefill", "decode", "train"]
     make: Callable[..., Any]
+    layer: Callable[[Any, int, int, int], AttentionLayer] | None = None
     needs: tuple[str, ...] = ()
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_core import counters
+from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.merge import attend_part, merge_lse
 from sparse_core.registry import Method, register
 
@@ -194,10 +195,10 @@ class DeepSet(nn.Module):
         return _mean(x, there) + self.outer(_mean(self.inner(x), there))
 
 
-class Combiner(nn.Module):
+class Combiner(AttentionLayer):
     """Combiner attention of heads of `width` channels; with pool `deepset` it has weights of its own."""
 
-    def __init__(self, config: Config | None = None, num_heads: int = 0, width: int = 0):
+    def __init__(self, config: Config | None = None, width: int = 0):
         super().__init__()
         self.config = config or Config()
         learned = self.config.pool == "deepset"
@@ -205,8 +206,8 @@ class Combiner(nn.Module):
             raise ValueError(f"width: expected the channels per head for a deepset pool, got {width}")
         self.pools = nn.ModuleList(DeepSet(width) for _ in range(2)) if learned else None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, H, T, D]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
+        """[B, H, T, D]; every token is attended to, so there is no mask."""
         pools = None if self.pools is None else (self.pools[0], self.pools[1])
         return combiner_attention(q, k, v, pools=pools, **vars(self.config))
 
@@ -217,7 +218,9 @@ METHOD = register(
         paper="2107.05768",
         fidelity="adapted",
         config=Config,
+        kind="train",
         make=Combiner,
+        layer=lambda config, heads, kv_heads, width: Combiner(config, width),
         needs=("training",),
     )
 )

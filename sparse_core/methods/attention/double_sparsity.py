@@ -215,6 +215,7 @@ METHOD = register(
         paper="2408.07092",
         fidelity="exact",
         config=Config,
+        kind="decode",
         make=DoubleSparsity,
         needs=("calibration",),
     )

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_core import counters
 from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, IndexMask, causal
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.gather_decode import decode_attention
@@ -161,21 +162,20 @@ class Search:
     age: int = 0
 
 
-class HiPAttention(nn.Module):
+class HiPAttention(AttentionLayer):
     """Attention under the mask that the tree search finds, for prefill and decoding."""
 
-    def __init__(self, config: Config | None = None, num_heads: int = 0):
+    def __init__(self, config: Config | None = None):
         super().__init__()
         self.config = config or Config()
 
-    def mask(self, q: Tensor, k: Tensor) -> BlockMask:
-        """The mask of these queries and keys."""
+    @torch.no_grad()
+    def mask(self, q: Tensor, k: Tensor, v: Tensor) -> BlockMask:
+        """The mask of these queries and keys; no gradient flows through the choice."""
         return hip_mask(q, k, **vars(self.config))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, Hq, T, D]; gradients flow through the attention, not through the choice."""
-        with torch.no_grad():
-            mask = self.mask(q, k)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        """[B, Hq, T, D]."""
         return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
 
     def decode(self, q1: Tensor, cache: KVCache, state: Search) -> Tensor:
@@ -211,5 +211,13 @@ class HiPAttention(nn.Module):
 
 
 METHOD = register(
-    Method(name="attention/hip", paper="2406.09827", fidelity="exact", config=Config, make=HiPAttention)
+    Method(
+        name="attention/hip",
+        paper="2406.09827",
+        fidelity="exact",
+        config=Config,
+        kind="prefill",
+        make=HiPAttention,
+        layer=lambda config, heads, kv_heads, width: HiPAttention(config),
+    )
 )

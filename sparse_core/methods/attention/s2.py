@@ -19,9 +19,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, IndexMask, causal
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.gather_decode import decode_attention
@@ -102,7 +103,7 @@ def _shards(config: Config, heads: int, blocks: int, device: torch.device | str)
     return kept & (i >= j) if config.causal else kept
 
 
-class ShardedAttention(nn.Module):
+class ShardedAttention(AttentionLayer):
     """Attention of q [B, Hq, T, D] over k, v [B, Hkv, T, D] under the sharded mask, for training, prefill and decoding."""
 
     def __init__(self, config: Config, num_heads: int, num_kv_heads: int | None = None):
@@ -110,7 +111,11 @@ class ShardedAttention(nn.Module):
         self.config, self.num_heads, self.num_kv_heads = config, num_heads, num_kv_heads or num_heads
         self._masks: dict[tuple[int, str], BlockMask] = {}
 
-    def mask(self, seq_len: int, device: torch.device | str = "cpu") -> BlockMask:
+    def mask(self, q: Tensor, k: Tensor, v: Tensor) -> BlockMask:
+        """The mask of this length, made once."""
+        return self.mask_of(q.shape[2], q.device)
+
+    def mask_of(self, seq_len: int, device: torch.device | str = "cpu") -> BlockMask:
         """The mask of a length, made once."""
         key = (seq_len, str(device))
         if key not in self._masks:
@@ -119,9 +124,9 @@ class ShardedAttention(nn.Module):
             )
         return self._masks[key]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """[B, Hq, T, D]."""
-        return block_sparse_attention(q, k, v, self.mask(q.shape[2], q.device))  # type: ignore[return-value]
+        return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
 
     def decode(self, q1: Tensor, cache: KVCache) -> Tensor:
         """[B, Hq, 1, D] of the newest token, whose key and value are in the cache already; then the pages that no later
@@ -145,5 +150,13 @@ class ShardedAttention(nn.Module):
 
 
 METHOD = register(
-    Method(name="attention/s2", paper="2407.17678", fidelity="adapted", config=Config, make=ShardedAttention)
+    Method(
+        name="attention/s2",
+        paper="2407.17678",
+        fidelity="adapted",
+        config=Config,
+        kind="prefill",
+        make=ShardedAttention,
+        layer=lambda config, heads, kv_heads, width: ShardedAttention(config, heads, kv_heads),
+    )
 )

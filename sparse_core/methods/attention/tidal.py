@@ -141,6 +141,11 @@ def _kept_by_source(layers: Sequence[tuple[Tensor, Tensor]], topk: int) -> Tenso
 
 METHOD = register(
     Method(
-        name="attention/tidal", paper="2410.05076", fidelity="adapted", config=TidalSchedule, make=TidalState
+        name="attention/tidal",
+        paper="2410.05076",
+        fidelity="adapted",
+        config=TidalSchedule,
+        kind="decode",
+        make=TidalState,
     )
 )

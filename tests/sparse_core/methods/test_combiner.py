@@ -148,7 +148,7 @@ def test_gradients_are_finite_and_reach_everything(variant):
 
 def test_a_learned_pool_starts_as_the_mean_and_learns():
     q, k, v = draw()
-    module = Combiner(Config(segment=5, pool="deepset"), 3, 8)
+    module = Combiner(Config(segment=5, pool="deepset"), 8)
     torch.testing.assert_close(module(q, k, v), combiner_attention(q, k, v, segment=5, pool="mean"))
     module(q, k, v).square().sum().backward()
     assert module.pools[1].outer.weight.grad.abs().sum() > 0

@@ -93,7 +93,7 @@ def test_values_and_gradients_are_those_of_the_masked_definition(length):
     out = attention(q, k, v)
     grads = torch.autograd.grad(out.square().sum(), (q, k, v))
     exact = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attention.mask(length).to_token_mask(), enable_gqa=True
+        q, k, v, attn_mask=attention.mask_of(length).to_token_mask(), enable_gqa=True
     )
     torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-5)
     for ours, theirs in zip(grads, torch.autograd.grad(exact.square().sum(), (q, k, v)), strict=True):
