@@ -1,26 +1,13 @@
-"""Attention over [batch, tokens, channels], with the implementation chosen for where it runs."""
+"""Attention over [batch, tokens, channels]; self-attention has a slot that a sparse method may fill."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from enerverse.model.component import start_at_zero
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q, k, v [B, H, N, D].
-
-    On a CPU plain matrix products are used while training: the backward pass of the fused kernel costs six
-    times its forward pass there.
-    """
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-        return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
+from sparse_core.attention.layer import dense_attention
+from sparse_core.attention.layout import Layout3D
+from sparse_core.attention.slot import AttentionSlot
 
 
 class SelfAttention(nn.Module):
@@ -32,13 +19,14 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = start_at_zero(nn.Linear(width, width))
+        self.slot = AttentionSlot(heads, width // heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, C] -> [B, N, C]."""
+    def forward(self, x: Tensor, layout: Layout3D | None = None) -> Tensor:
+        """x [B, N, C] -> [B, N, C]; layout: how the tokens lie in space and time, for methods that choose blocks."""
         batch, tokens, width = x.shape
         parts = self.qkv(self.norm(x)).chunk(3, -1)
         q, k, v = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in parts)
-        mixed = attend(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        mixed = self.slot(q, k, v, layout).transpose(1, 2).reshape(batch, tokens, width)
         return x + self.out(mixed)
 
 
@@ -57,4 +45,4 @@ class CrossAttention(nn.Module):
         q = self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         keys, values = self.keys(self.norm_context(context)).chunk(2, -1)
         k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (keys, values))
-        return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.out(dense_attention(q, k, v).transpose(1, 2).flatten(2))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from enerverse.model.attention import SelfAttention
 from enerverse.model.component import start_at_zero
+from sparse_core.attention.layout import Layout3D
 
 
 def fourier_features(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -74,11 +75,13 @@ class SpaceTimeBlock(nn.Module):
 
     With `attention=False` a block is its spatial convolution alone, for the finest grid of a small model.
     The temporal attention is bidirectional inside the window; the joint spatial attention is how views see
-    each other (EnerVerse, arXiv 2501.01895, section 3.1 and appendix F).
+    each other (EnerVerse, arXiv 2501.01895, section 3.1 and appendix F). Sparse methods see views and places in
+    tiles, and over time always keep the `memory` frames at the beginning of the window.
     """
 
-    def __init__(self, width: int, embedding: int, heads: int, *, attention: bool = True):
+    def __init__(self, width: int, embedding: int, heads: int, *, attention: bool = True, memory: int = 0):
         super().__init__()
+        self.memory = memory
         self.modulate = Modulation(width, embedding)
         self.spatial = FrameConv(width, width)
         self.temporal = TemporalConv(width) if attention else None
@@ -98,13 +101,15 @@ class SpaceTimeBlock(nn.Module):
         assert self.views is not None
         b, v, t, h, w, c = x.shape
         tokens = x.transpose(1, 2).reshape(b * t, v * h * w, c)
-        return self.views(tokens).view(b, t, v, h, w, c).transpose(1, 2)
+        mixed = self.views(tokens, Layout3D(views=v, height=h, width=w))
+        return mixed.view(b, t, v, h, w, c).transpose(1, 2)
 
     def _attend_time(self, x: Tensor) -> Tensor:
         assert self.time is not None
         b, v, t, h, w, c = x.shape
         tokens = x.permute(0, 1, 3, 4, 2, 5).reshape(b * v * h * w, t, c)
-        return self.time(tokens).view(b, v, h, w, t, c).permute(0, 1, 4, 2, 3, 5)
+        mixed = self.time(tokens, Layout3D(frames=t - self.memory, sink=self.memory))
+        return mixed.view(b, v, h, w, t, c).permute(0, 1, 4, 2, 3, 5)
 
 
 class Downsample(nn.Module):

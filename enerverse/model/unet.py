@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from enerverse.model.blocks import Downsample, FrameConv, SpaceTimeBlock, Upsample, fourier_features
 from enerverse.model.component import Component, start_at_zero
 from enerverse.model.locator import Plan
+from sparse_core.sparsify import sparsify
 
 RAY_CHANNELS = 6
 PATH_CHANNELS = 4
@@ -43,6 +44,9 @@ class VideoUNet(Component):
     Input channels per frame, as in EnerVerse (arXiv 2501.01895) and EVAC: latents (clean for memory, noisy
     for the future), the last memory frame repeated, a mask that marks the future, and a 6-channel ray map;
     for action-conditioned passes four more hold where the commanded gripper lies in each picture.
+    attention: `dense` or a method of `sparse_core` (`s2` or `attention/s2`) with `attention_options` for its config, in
+    the attentions over views (`.views.`) and over time (`.time.`) whose name `attention_places` matches. A mask serves
+    `mask_steps` denoising steps, and the first `dense_steps` attend to everything.
     """
 
     @register_to_config
@@ -60,6 +64,11 @@ class VideoUNet(Component):
         action_dim: int = 7,
         embedding: int = 256,
         plan_tokens: int = 0,
+        attention: str = "dense",
+        attention_options: dict[str, Any] | None = None,
+        attention_places: str = "",
+        mask_steps: int = 1,
+        dense_steps: int = 0,
     ):
         super().__init__()
         if grid % 2 ** (len(widths) - 1):
@@ -73,7 +82,7 @@ class VideoUNet(Component):
             heads = max(1, widths[level] // head_width)
             count = max(1, blocks[level])
             return nn.ModuleList(
-                SpaceTimeBlock(widths[level], embedding, heads, attention=blocks[level] > 0)
+                SpaceTimeBlock(widths[level], embedding, heads, attention=blocks[level] > 0, memory=memory)
                 for _ in range(count)
             )
 
@@ -87,7 +96,8 @@ class VideoUNet(Component):
         self.down = nn.ModuleList(stage(level) for level in levels)
         self.downsample = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in levels[:-1])
         self.mid = nn.ModuleList(
-            SpaceTimeBlock(widths[-1], embedding, max(1, widths[-1] // head_width)) for _ in range(mid_blocks)
+            SpaceTimeBlock(widths[-1], embedding, max(1, widths[-1] // head_width), memory=memory)
+            for _ in range(mid_blocks)
         )
         self.plan = (
             Plan(widths[-1], max(1, widths[-1] // head_width), embedding, (chunk, action_dim), plan_tokens)
@@ -99,6 +109,8 @@ class VideoUNet(Component):
         self.up = nn.ModuleList(stage(level) for level in levels)
         self.out_norm = nn.LayerNorm(widths[0])
         self.out = start_at_zero(FrameConv(widths[0], channels))
+        if attention != "dense":
+            sparsify(self, method_name(attention), attention_places, **(attention_options or {}))
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions, *, look: bool = False) -> Any:
         """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 = pure noise).
@@ -168,6 +180,11 @@ class VideoUNet(Component):
             path[:, :, self.memory :] = conditions.path * _presence(conditions, conditions.path)
         stacked = torch.cat([frames, last, mask, rays[:, :, None].expand(-1, -1, t, -1, -1, -1), path], 3)
         return stacked.permute(0, 1, 2, 4, 5, 3)
+
+
+def method_name(attention: str) -> str:
+    """The full name of an attention method: `s2` is `attention/s2`."""
+    return attention if "/" in attention else f"attention/{attention}"
 
 
 def _mlp(inputs: int, outputs: int) -> nn.Sequential:

@@ -17,6 +17,7 @@ from enerverse.model import Conditions
 from enerverse.pipelines.inputs import Observation, check_options, check_plan, read_observation
 from enerverse.pipelines.saving import SavedPipeline
 from enerverse.views import commanded_path, path_map, ray_map
+from sparse_core import share_masks
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,14 @@ class EnerVersePipeline(SavedPipeline):
             return base + guidance * (prediction - base)
 
         def report(index: int, time: Tensor, sample: Tensor) -> Tensor:
+            shared.step = index + 1
             changed = on_step(self, index, time, {"latents": sample}) if on_step is not None else None
             return changed.pop("latents", sample) if changed else sample
 
-        clean = denoise(predict, noise, make_objective(self.config.objective), self.scheduler, steps, report)
+        with share_masks(self.unet.config.mask_steps, self.unet.config.dense_steps) as shared:
+            clean = denoise(
+                predict, noise, make_objective(self.config.objective), self.scheduler, steps, report
+            )
         reference = context[:, :, -1:] if self.config.residual else 0.0
         chunk = (clean * self.config.residual_scale + reference)[:, :, :keep]
         return chunk, push_chunk(policy, past, chunk)

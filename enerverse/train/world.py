@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from enerverse.data import Clip, ClipSampler
 from enerverse.diffusion import Objective
 from enerverse.model import Conditions, FactReader, VideoUNet
+from sparse_core import AttentionSlot
+from sparse_core.sparsify import sum_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,12 @@ class WorldTask:
         hints = {} if plan is None else self._hints(plan, clip, told)
         logs = {name: float(value.detach()) for name, value in {"pictures": loss, **hints}.items()}
         shares = {"places": self.config.localize, "actions": self.config.act}
+        # A sparse attention that learns where to look has a loss of its own.
+        looking = sum_losses(
+            [part.layer for part in self.module.modules() if isinstance(part, AttentionSlot)]
+        )
+        if looking is not None:
+            loss, logs["attention"] = loss + looking, float(looking.detach())
         return loss + sum(shares[name] * value for name, value in hints.items()), logs
 
     def _hints(self, plan: Tensor, clip: Clip, told: Tensor) -> dict[str, Tensor]:

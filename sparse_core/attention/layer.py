@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_core import counters
 
 
 class AttentionLayer(nn.Module):
@@ -28,3 +33,28 @@ class AttentionLayer(nn.Module):
     def loss(self) -> Tensor | None:
         """What the method adds to the training loss for the last forward pass, or None."""
         return None
+
+
+class DenseAttention(AttentionLayer):
+    """Every token attends to every token."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
+        """[B, Hq, T, D]."""
+        return dense_attention(q, k, v)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q [B, Hq, Tq, D] over all of k, v [B, Hkv, Tk, D]; keys and values take the dtype of q.
+
+    On a CPU plain matrix products are used while training: the backward pass of the fused kernel costs six times its
+    forward pass there.
+    """
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    counters.add(
+        products=pairs, multiply_adds=2 * pairs * q.shape[3], kv_bytes=2 * k.numel() * k.element_size()
+    )
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and not grouped:
+        scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), enable_gqa=grouped)

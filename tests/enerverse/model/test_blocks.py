@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from enerverse.model.attention import SelfAttention, attend
+from enerverse.model.attention import SelfAttention
 from enerverse.model.blocks import Downsample, FrameConv, SpaceTimeBlock, TemporalConv, Upsample
+from sparse_core.attention.layer import dense_attention
 
 
 def compare_with_conv3d(layer: nn.Module, kernel: tuple[int, int, int], inputs: int, outputs: int) -> None:
@@ -47,7 +48,7 @@ def test_the_training_path_of_attention_equals_the_fused_one(shape):
     torch.manual_seed(0)
     q, k, v, weights = (torch.randn(shape) for _ in range(4))
     results = []
-    for function in (attend, F.scaled_dot_product_attention):
+    for function in (dense_attention, F.scaled_dot_product_attention):
         inputs = [part.clone().requires_grad_() for part in (q, k, v)]
         out = function(*inputs)
         (out * weights).sum().backward()

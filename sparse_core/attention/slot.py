@@ -1,0 +1,102 @@
+"""The place of an attention in a model: dense until a method or a mask fills it, and dense again when it is emptied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_core.attention.layer import AttentionLayer, DenseAttention
+from sparse_core.attention.layout import Layout3D
+from sparse_core.attention.masks import BlockMask
+
+
+@dataclass
+class SharedMasks:
+    """Masks that outlive a pass: `step` is set by whoever counts the passes."""
+
+    every: int
+    dense: int
+    step: int = 0
+    kept: dict[tuple[int, tuple[int, ...]], tuple[int, Any]] = field(default_factory=dict, repr=False)
+
+
+_shared: ContextVar[SharedMasks | None] = ContextVar("shared_masks", default=None)
+
+
+@contextmanager
+def share_masks(every: int = 1, dense: int = 0) -> Iterator[SharedMasks]:
+    """Inside the block, a mask serves `every` steps before it is made anew, and the first `dense` steps attend to all.
+
+    For the steps of a denoising loop, between which attention moves little: set `.step` of what this yields before each.
+    The masks are forgotten when the block ends.
+    """
+    if every < 1 or dense < 0:
+        raise ValueError(f"every and dense: expected at least 1 and 0 steps, got {every} and {dense}")
+    token = _shared.set(SharedMasks(every, dense))
+    try:
+        yield _shared.get()  # type: ignore[misc]
+    finally:
+        _shared.reset(token)
+
+
+class AttentionSlot(nn.Module):
+    """Attention of q, k, v [B, H, N, D] in a model, with the number and width of heads that a method must know.
+
+    `fill` puts a layer in, `empty` takes it out again; without one the attention is dense. The model's own weights are
+    never touched.
+    """
+
+    def __init__(self, heads: int, width: int, kv_heads: int | None = None):
+        super().__init__()
+        self.heads, self.kv_heads, self.width = heads, kv_heads or heads, width
+        self.layer: AttentionLayer = DenseAttention()
+        self.block, self.calls, self.last = 1, 0, None
+
+    @property
+    def filled(self) -> bool:
+        """Whether something other than dense attention is in."""
+        return not isinstance(self.layer, DenseAttention)
+
+    def fill(self, layer: AttentionLayer) -> None:
+        """Attend by `layer`; its config's block size, where it has one, is that of the tiles."""
+        config = getattr(layer, "config", None)
+        self.block = getattr(config, "block", None) or getattr(config, "block_q", None) or 1
+        self.layer, self.calls, self.last = layer, 0, None
+
+    def empty(self) -> None:
+        """Attend densely again."""
+        self.layer = DenseAttention()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout3D | None = None) -> Tensor:
+        """[B, H, N, D]; with a layout the method sees the tokens in tiles, and what the layout calls sink is always kept
+        by methods that choose blocks."""
+        shared = _shared.get()
+        if not self.filled or (shared is not None and shared.step < shared.dense):
+            return DenseAttention().attend(q, k, v)
+        tiles = layout.fit(self.block) if layout is not None and self.block > 1 else layout
+        if tiles is not None:
+            q, k, v = (tiles.to_tiles(x) for x in (q, k, v))
+        mask = self._mask(q, k, v, tiles, shared)
+        self.calls, self.last = self.calls + 1, (tuple(q.shape), mask)
+        out = self.layer.attend(q, k, v, mask)
+        return out if tiles is None else tiles.from_tiles(out)
+
+    def _mask(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout3D | None, shared: SharedMasks | None
+    ) -> Any:
+        key = (id(self), tuple(q.shape))
+        if shared is not None and key in shared.kept:
+            made, mask = shared.kept[key]
+            if shared.step - made < shared.every:
+                return mask
+        mask = self.layer.mask(q, k, v)
+        if layout is not None and isinstance(mask, BlockMask):
+            mask = layout.keep_sink(mask)
+        if shared is not None:
+            shared.kept[key] = (shared.step, mask)
+        return mask
