@@ -24,10 +24,10 @@ def column_block_attention(
     mask = mask.to(q.device)
     parts = [_part(q, k, v, mask.blocks, scale, implementation)]
     if mask.columns.shape[-1]:
-        short = (_gather(x, mask.columns, q.shape[1]) for x in (k, v))
+        keys, values = _gather(k, mask.columns, q.shape[1]), _gather(v, mask.columns, q.shape[1])
         # The CPU kernel packs single keys into tiles itself; triton wants blocks of at least 16.
         loose = mask.loose(16 if q.is_cuda else 1)
-        parts.append(_part(q, *short, loose, scale, implementation))
+        parts.append(_part(q, keys, values, loose, scale, implementation))
     out, lse = merge_lse(parts) if len(parts) > 1 else parts[0]
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
