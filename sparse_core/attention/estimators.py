@@ -52,3 +52,25 @@ class MeanPool:
         scores = rows @ columns.mT * q.shape[-1] ** -0.5
         counters.add(products=scores.numel())
         return scores
+
+
+def vertical_slash_scores(
+    q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Attention of the queries `rows` [n] of q [B, Hq, T, D] over k [B, Hkv, T, D], summed down columns and diagonals
+    (MInference, arXiv 2407.02490).
+
+    Columns [B, Hq, T] are keys. Diagonals hold the pairs of one offset, query minus key: [B, Hq, T] of 0 to T - 1, and if
+    not causal [B, Hq, 2 T - 1] of 1 - T to T - 1.
+    """
+    length, device = k.shape[2], q.device
+    keys = torch.arange(length, device=device)
+    scores = q[:, :, rows].float() @ share_heads(k, q.shape[1]).float().mT * q.shape[-1] ** -0.5
+    counters.add(products=scores.numel(), multiply_adds=scores.numel() * q.shape[-1])
+    if causal:
+        scores = scores.masked_fill(keys > rows[:, None], -torch.inf)
+    weights = scores.softmax(-1)
+    # Row i's pair of offset s is key i - s; gathering, unlike adding in place, sums in one order on every device.
+    at = rows[:, None] - torch.arange(0 if causal else 1 - length, length, device=device)
+    along = weights.gather(-1, at.clamp(0, length - 1).expand(*weights.shape[:2], -1, -1))
+    return weights.sum(2), along.masked_fill((at < 0) | (at >= length), 0).sum(2)

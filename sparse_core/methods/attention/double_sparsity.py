@@ -13,9 +13,7 @@ Fidelity: exact. Prefetching for offloaded caches is `select` with the query of 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_core import counters
-from sparse_core.attention.calibrate import model_hash
+from sparse_core.attention.calibrate import check_model, model_hash, read_plan, write_plan
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels.gather_decode import decode_attention
@@ -68,37 +66,24 @@ class ChannelPlan:
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        text = (
-            json.dumps(
-                {"width": self.width, "model": self.model, "channels": self.channels.tolist()}, indent=1
-            )
-            + "\n"
+        return write_plan(
+            path, {"width": self.width, "model": self.model, "channels": self.channels.tolist()}
         )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
 
     @classmethod
     def load(cls, path: str | Path) -> ChannelPlan:
         """Read a plan. Raises ValueError naming the file where it is none."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(channels=torch.tensor(data["channels"]), width=data["width"], model=data["model"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a channel plan, got {error}; calibrate again") from None
+        return read_plan(
+            path,
+            "channel plan",
+            lambda data: cls(
+                channels=torch.tensor(data["channels"]), width=data["width"], model=data["model"]
+            ),
+        )
 
     def validate(self, model: nn.Module) -> None:
         """ValueError where the plan was made for another model."""
-        found = model_hash(model)
-        if self.model != found:
-            raise ValueError(
-                f"plan: expected one for the model {found}, got one for {self.model or 'none'}; calibrate again"
-            )
+        check_model(self.model, model)
 
 
 def calibrate_channels(

@@ -1,0 +1,364 @@
+"""MInference 1.0 (arXiv 2407.02490): each head prefills with the sparse pattern that an offline search found to suit it.
+
+A head keeps query i's key j if j is not in the future and, by its pattern,
+
+    a_shape (sink, local)            j < sink  or  i - j < local
+    vertical_slash (n_v, n_s)        j in columns  or  the key block of j meets a diagonal i - j in slashes
+    block_sparse (top,)              the block of j is among the `top` of mean(q block) mean(k block)
+
+where columns and slashes are the n_v and n_s of largest attention from the last 64 queries of this very prompt; the first
+30 columns and the nearest 100 diagonals come first. The search scales every candidate to equal kernel FLOPs, and takes
+the one whose output is nearest to dense attention. All heads of a plan run as one mask.
+
+Without `causal` (ours) the queries that vote are spread evenly, offsets have a sign, and windows reach both ways.
+
+Fidelity: adapted. Slashes are rounded to a grid of key blocks where the paper's kernel lets blocks begin anywhere, and
+FLOPs here include those of finding the index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_core.attention import select
+from sparse_core.attention.calibrate import check_model, model_hash, read_plan, write_plan
+from sparse_core.attention.column_attention import column_block_attention
+from sparse_core.attention.estimators import MeanPool, vertical_slash_scores
+from sparse_core.attention.layer import AttentionLayer
+from sparse_core.attention.masks import BlockMask, ColumnBlockMask, Rule
+from sparse_core.registry import Method, register
+
+KINDS = {"a_shape": ("sink", "local"), "vertical_slash": ("vertical", "slash"), "block_sparse": ("top",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """block: queries per block, and keys per block of block-sparse heads; slash_block: keys per block of slashes and
+    windows; last_q queries vote; sink columns and local diagonals are forced; layers before starting_layer are dense;
+    share of the key blocks that heads without a plan keep; objective: what the search compares, outputs that are off by
+    more than tolerance, or the attention that is lost."""
+
+    block: int = 64
+    slash_block: int = 16
+    last_q: int = 64
+    sink: int = 30
+    local: int = 100
+    starting_layer: int = 0
+    share: float = 0.25
+    objective: Literal["output", "mass"] = "output"
+    tolerance: float = 5e-3
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block", "slash_block"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"{name}: expected a power of two, got {size}")
+        if self.last_q < 1 or min(self.sink, self.local, self.starting_layer) < 0:
+            raise ValueError("last_q: expected at least 1, and sink, local, starting_layer 0 or more")
+        if not 0 < self.share <= 1 or self.tolerance <= 0:
+            raise ValueError(
+                f"share, tolerance: expected within (0, 1] and above 0, got {self.share}, {self.tolerance}"
+            )
+        if self.objective not in ("output", "mass"):
+            raise ValueError(f"objective: expected 'output' or 'mass', got {self.objective!r}")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What one head keeps: a kind of `KINDS` and its sizes, in tokens, for block_sparse in blocks."""
+
+    kind: str
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise KeyError(f"pattern: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if len(self.sizes) != len(KINDS[self.kind]) or min(self.sizes) < 0 or max(self.sizes) < 1:
+            raise ValueError(f"{self.kind}: expected {' and '.join(KINDS[self.kind])}, got {self.sizes}")
+
+    def scaled(self, largest: int) -> Pattern:
+        """The same proportions with `largest` as the largest size."""
+        return Pattern(self.kind, tuple(round(size * largest / max(self.sizes)) for size in self.sizes))
+
+
+CANDIDATES = (
+    Pattern("a_shape", (100, 800)),
+    *(
+        Pattern("vertical_slash", sizes)
+        for sizes in ((30, 800), (100, 800), (100, 750), (500, 700), (3500, 100), (1000, 4096))
+    ),
+    Pattern("block_sparse", (100,)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPlan:
+    """The pattern of every query head of a layer, what the search measured of it, and the hash of the model, or ""."""
+
+    patterns: tuple[Pattern, ...]
+    scores: tuple[float, ...]
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.patterns or len(self.scores) != len(self.patterns):
+            raise ValueError(
+                f"patterns, scores: expected one of each per head, got {len(self.patterns)} and {len(self.scores)}"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, {head: [kind, size, size, score]}, whole or not at all."""
+        heads = {
+            str(head): [pattern.kind, *pattern.sizes, *(0,) * (2 - len(pattern.sizes)), score]
+            for head, (pattern, score) in enumerate(zip(self.patterns, self.scores, strict=True))
+        }
+        return write_plan(path, {"model": self.model, "heads": heads})
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadPlan:
+        """Read a plan. Raises ValueError naming the file where it is none, KeyError for a pattern that there is not."""
+
+        def rows(data: dict) -> tuple[list, str]:
+            return [(kind, (a, b), score) for kind, a, b, score in data["heads"].values()], data["model"]
+
+        heads, model = read_plan(path, "head plan", rows)
+        patterns = tuple(Pattern(kind, sizes[: len(KINDS.get(kind, ()))]) for kind, sizes, _ in heads)
+        return cls(patterns=patterns, scores=tuple(score for _, _, score in heads), model=model)
+
+    def validate(self, model: nn.Module) -> None:
+        """ValueError where the plan was made for another model."""
+        check_model(self.model, model)
+
+
+def vertical_slash_index(
+    q: Tensor, k: Tensor, n_v: int, n_s: int, last_q: int = 64, *, sink: int = 30, local: int = 100, causal: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Columns [B, Hq, n] and diagonals [B, Hq, m] (query minus key) of q [B, Hq, T, D] over k [B, Hkv, T, D], int64.
+
+    The first `sink` columns and the nearest `local` diagonals come first, then those with most of the attention of the
+    last `last_q` queries. At least `sink` columns and half of `local` diagonals; where n_v + n_s is T or more, which
+    costs as much as dense attention, all diagonals.
+    """
+    length, device = k.shape[2], q.device
+    votes = min(last_q, length)
+    rows = torch.arange(votes, device=device)
+    rows = rows + length - votes if causal else (2 * rows + 1) * length // (2 * votes)
+    vertical, slash = vertical_slash_scores(q, k, rows, causal=causal)
+    offsets = torch.arange(slash.shape[-1], device=device) - (slash.shape[-1] - length)
+    near = offsets.abs().argsort(stable=True)  # so that of equal scores the nearer diagonal wins
+    forced = offsets[near].abs() < (local if causal else -(-local // 2))
+    vertical = vertical.masked_fill(torch.arange(length, device=device) < sink, torch.inf)
+    slash = slash[..., near].masked_fill(forced, torch.inf)
+    n_v, n_s = max(n_v, sink), max(n_s, local // 2)
+    n_s = n_s if n_v + n_s < length else len(offsets)
+    columns, diagonals = (x.sort(dim=-1, descending=True, stable=True).indices for x in (vertical, slash))
+    return columns[..., :n_v], offsets[near][diagonals[..., :n_s]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """First and last tokens of the query blocks [Kq, 1] and of the key blocks [Kk]."""
+
+    i0: Tensor
+    i1: Tensor
+    j0: Tensor
+    j1: Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def make(cls, length: int, config: Config, device: torch.device) -> _Grid:
+        size = (config.block, min(config.block, config.slash_block))
+        i0, j0 = (torch.arange(0, length, n, device=device) for n in size)
+        i1, j1 = ((x + n - 1).clamp_max(length - 1) for x, n in zip((i0, j0), size, strict=True))
+        return cls(i0=i0[:, None], i1=i1[:, None], j0=j0, j1=j1, size=size)
+
+    def meets(self, diagonals: Tensor, length: int) -> Tensor:
+        """bool [B, H, Kq, Kk]: blocks that one of diagonals [B, H, m] passes through."""
+        on = torch.zeros(*diagonals.shape[:2], 2 * length, device=diagonals.device, dtype=torch.int32)
+        before = on.scatter_(-1, diagonals + length, 1).cumsum(-1)  # at s + T: diagonals of offset s or less
+        return before[..., self.i1 - self.j0 + length] > before[..., self.i0 - self.j1 + length - 1]
+
+
+def pattern_mask(q: Tensor, k: Tensor, patterns: Sequence[Pattern], config: Config) -> ColumnBlockMask:
+    """The mask of all heads of q [B, Hq, T, D] over k [B, Hkv, T, D], each with its pattern."""
+    (b, heads, length, _), device, causal = q.shape, q.device, config.causal
+    grid = _Grid.make(length, config, device)
+    blocks = torch.zeros(b, heads, len(grid.i0), len(grid.j0), dtype=torch.bool, device=device)
+    sinks, locals_ = (torch.full((heads,), length, device=device) for _ in range(2))
+    columns = torch.full((b, heads, 0), -1, device=device)
+    for pattern in dict.fromkeys(patterns):
+        own = [head for head, other in enumerate(patterns) if other == pattern]
+        near_q, near_k = q[:, own], k[:, [head // (heads // k.shape[1]) for head in own]]
+        if pattern.kind == "a_shape":
+            sinks[own], locals_[own] = pattern.sizes[0], pattern.sizes[1]
+            gap = torch.maximum(grid.i0 - grid.j1, grid.j0 - grid.i1).clamp_min(0)
+            blocks[:, own] = (gap < pattern.sizes[1]) | (grid.j0 < pattern.sizes[0])
+        elif pattern.kind == "block_sparse":
+            blocks[:, own] = _top_blocks(near_q, near_k, pattern.sizes[0], grid, causal)
+        else:
+            found, diagonals = vertical_slash_index(
+                near_q, near_k, *pattern.sizes, config.last_q, sink=config.sink, local=config.local, causal=causal
+            )  # fmt: skip
+            blocks[:, own] = grid.meets(diagonals, length)
+            spare = found.shape[-1] - columns.shape[-1]
+            columns = nn.functional.pad(columns, (0, max(0, spare)), value=-1)
+            columns[:, own, : found.shape[-1]] = found
+    return _assemble(blocks, columns, sinks, locals_, grid, length, causal)
+
+
+def _top_blocks(q: Tensor, k: Tensor, top: int, grid: _Grid, causal: bool) -> Tensor:
+    """bool [B, H, Kq, Kk]: the key blocks of highest mean product, on the grid."""
+    block, fine = grid.size
+    scores = MeanPool(block).score(q, k)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    return select.topk(scores, top).repeat_interleave(block // fine, -1)[..., : len(grid.j0)]
+
+
+def _assemble(
+    blocks: Tensor, columns: Tensor, sinks: Tensor, locals_: Tensor, grid: _Grid, length: int, causal: bool
+) -> ColumnBlockMask:
+    """One mask of all heads; the windows of A-shapes [H] are cut by token, and are as long as the text for other heads."""
+    ends = (grid.j1 < sinks[:, None, None]) | (
+        torch.maximum(grid.i1 - grid.j0, grid.j1 - grid.i0) < locals_[:, None, None]
+    )
+    if causal:
+        blocks, ends = blocks & (grid.j0 <= grid.i1), ends & (grid.j1 <= grid.i0)
+
+    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        near = (j < sinks[h]) | ((i - j).abs() < locals_[h])
+        return near & (i >= j) if causal else near
+
+    token: Rule | None = rule if causal or bool((sinks < length).any()) else None
+    made = BlockMask.from_dense_blocks(
+        blocks, full=ends.expand_as(blocks), rule=token, block_size=grid.size, q_len=length, kv_len=length
+    )
+    seen = [columns[:, :, None] <= (row if causal else length) for row in (grid.i1, grid.i0)]
+    return ColumnBlockMask.from_columns(made, columns, listed=seen[0], full=seen[1])
+
+
+def prefill_flops(mask: ColumnBlockMask, patterns: Sequence[Pattern], width: int, config: Config) -> Tensor:
+    """Floating-point operations [B, Hq] of the kernels and of finding the index, a multiply-add being two."""
+    blocks = mask.blocks.shape[2]
+    votes = {"vertical_slash": min(config.last_q, mask.q_len) * mask.kv_len, "block_sparse": blocks**2}
+    index = torch.tensor([votes.get(pattern.kind, 0) for pattern in patterns], device=mask.columns.device)
+    return 4.0 * width * mask.work() + 2.0 * width * index
+
+
+def fit_pattern(q: Tensor, k: Tensor, pattern: Pattern, flops_budget: float, config: Config) -> Pattern | None:  # fmt: skip
+    """The largest pattern of these proportions that costs one head of q and k [B, 1, T, D] at most `flops_budget`, on
+    average over B; None where even the smallest costs more."""
+
+    def fits(largest: int) -> bool:
+        chosen = [pattern.scaled(largest)]
+        cost = prefill_flops(pattern_mask(q, k, chosen, config), chosen, q.shape[-1], config)
+        return float(cost.mean()) <= flops_budget
+
+    low, high = 0, -(-q.shape[2] // config.block) if pattern.kind == "block_sparse" else q.shape[2]
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return pattern.scaled(low) if low else None
+
+
+@torch.no_grad()
+def search_patterns(
+    q: Tensor, k: Tensor, v: Tensor, candidates: Sequence[Pattern], flops_budget: float, *,
+    config: Config | None = None, model: nn.Module | None = None,
+) -> HeadPlan:  # fmt: skip
+    """The plan of one layer from its q [B, Hq, T, D] and k, v [B, Hkv, T, D] over a long text; `model` signs it.
+
+    Every candidate is scaled to `flops_budget` floating-point operations per head and sample, and run; of equal ones the
+    earlier wins. Raises ValueError where no candidate can be made so small.
+    """
+    settings, patterns, scores = config or Config(), [], []
+    group = q.shape[1] // k.shape[1]
+    for head in range(q.shape[1]):
+        own = (q[:, head : head + 1], *(x[:, head // group : head // group + 1] for x in (k, v)))
+        exact = _run(*own, Pattern("a_shape", (q.shape[2], q.shape[2])), settings)
+        fitted = [fit_pattern(*own[:2], pattern, flops_budget, settings) for pattern in candidates]
+        tried = [
+            (_loss(_run(*own, pattern, settings), exact, settings), order, pattern)
+            for order, pattern in enumerate(dict.fromkeys(fitted))
+            if pattern is not None
+        ]
+        if not tried:
+            raise ValueError(f"flops_budget: expected enough for a candidate, got {flops_budget:g}; raise it")
+        score, _, best = min(tried, key=lambda found: found[:2])
+        patterns.append(best)
+        scores.append(score)
+    signed = model_hash(model) if model is not None else ""
+    return HeadPlan(patterns=tuple(patterns), scores=tuple(scores), model=signed)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, config: Config) -> tuple[Tensor, Tensor]:
+    return column_block_attention(q, k, v, pattern_mask(q, k, [pattern], config), return_lse=True)  # type: ignore[return-value]
+
+
+def _loss(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], config: Config) -> float:
+    if config.objective == "mass":  # what is kept is the ratio of the two sums of exponentials
+        return float(1 - (ours[1] - exact[1]).exp().mean())
+    return float(((ours[0] - exact[0]).abs() > config.tolerance).float().mean())
+
+
+class MInferencePrefill(AttentionLayer):
+    """Prefill of a layer by its plan; without one every head is block-sparse with the config's share of key blocks.
+
+    layer: the place of this layer in its model, for `starting_layer`. The index is found anew for every prompt.
+    """
+
+    def __init__(
+        self, plan: HeadPlan | None = None, config: Config | None = None, *, layer: int | None = None
+    ):
+        super().__init__()
+        self.plan, self.config, self.layer = plan, config or Config(), layer
+
+    @torch.no_grad()
+    def mask(self, q: Tensor, k: Tensor, v: Tensor) -> ColumnBlockMask:
+        """The mask of this prompt; no gradient flows through the choice."""
+        heads, length = q.shape[1:3]
+        if k.shape[2] != length:
+            raise ValueError(
+                f"k: expected as many keys as the {length} queries of a prompt, got {k.shape[2]}"
+            )
+        if heads % k.shape[1]:
+            raise ValueError(
+                f"heads: expected a multiple of the {k.shape[1]} key-value heads, got {heads} query heads"
+            )
+        if self.plan is not None and len(self.plan.patterns) != heads:
+            raise ValueError(
+                f"plan: expected one pattern for each of the {heads} heads, got {len(self.plan.patterns)}; search again"
+            )
+        return pattern_mask(q, k, self._patterns(heads, length), self.config)
+
+    def _patterns(self, heads: int, length: int) -> tuple[Pattern, ...]:
+        if self.layer is not None and self.layer < self.config.starting_layer:
+            return (Pattern("a_shape", (length, length)),) * heads
+        if self.plan is not None:
+            return self.plan.patterns
+        top = math.ceil(self.config.share * -(-length // self.config.block))
+        return (Pattern("block_sparse", (top,)),) * heads
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: ColumnBlockMask) -> Tensor:
+        """[B, Hq, T, D]."""
+        return column_block_attention(q, k, v, mask)  # type: ignore[return-value]
+
+
+METHOD = register(
+    Method(
+        name="attention/minference",
+        paper="2407.02490",
+        fidelity="adapted",
+        config=Config,
+        kind="prefill",
+        make=lambda config, plan=None, **options: MInferencePrefill(plan, config, **options),
+        layer=lambda config, heads, kv_heads, width: MInferencePrefill(None, config),
+    )
+)
