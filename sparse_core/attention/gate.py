@@ -121,8 +121,8 @@ class BlockGate(nn.Module):
         self, logits: Tensor, length: int, *, threshold: float | None = None, ratio: float | None = None,
         budget: float | None = None, dense_rows: int = 0,
     ) -> BlockMask:  # fmt: skip
-        """The mask of logits [B, Hq, K, K] of `length` tokens by one of the rules of `choose`, with the diagonal and all of
-        the last `dense_rows` rows besides. Raises ValueError for none or several rules, and blocks that do not fit."""
+        """The mask of logits [B, Hq, K, K] of `length` tokens by one of the rules of `choose`, with the diagonal and all
+        of the last `dense_rows` rows. Raises ValueError for none or several rules, and blocks that do not fit."""
         given = {"threshold": threshold, "ratio": ratio, "budget": budget}
         rules = [(rule, amount) for rule, amount in given.items() if amount is not None]
         if len(rules) != 1:

@@ -132,7 +132,7 @@ class SeerAttention(AttentionLayer):
         return self.attend(q, k, v, self.mask(q, k, v, condition))
 
     def loss(self) -> Tensor | None:
-        """The gate's loss on what the last forward pass in training saw; to ask for it costs as much as dense attention."""
+        """The gate's loss on what the last forward pass in training saw. It costs as much as dense attention."""
         if self._last is None:
             return None
         q, k, condition = self._last
