@@ -240,7 +240,8 @@ def _assemble(
     made = BlockMask.from_dense_blocks(
         blocks, full=ends.expand_as(blocks), rule=token, block_size=grid.size, q_len=length, kv_len=length
     )
-    seen = [columns[:, :, None] <= (row if causal else length) for row in (grid.i1, grid.i0)]
+    rows = (grid.i1, grid.i0) if causal else (torch.full_like(grid.i0, length),) * 2
+    seen = [columns[:, :, None] <= row for row in rows]
     return ColumnBlockMask.from_columns(made, columns, listed=seen[0], full=seen[1])
 
 
