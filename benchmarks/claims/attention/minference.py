@@ -17,7 +17,7 @@ from sparse_core.methods.attention.minference import (
 
 CLAIM = "at equal floating-point operations the search finds each head's planted pattern, and the index its columns"
 THRESHOLD = (
-    "the planted kind for all three heads; each chosen pattern keeps >= .75 of the attention; >= .95 of the planted columns "
+    "the planted kind for all three heads; each pattern keeps >= .75 of the attention; >= .95 of the planted columns "
     "found; output within 2e-5 of dense attention under the same mask; a plan of vertical and slash for every head keeps "
     "less than half as much of the block head"
 )

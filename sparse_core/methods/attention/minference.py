@@ -253,7 +253,9 @@ def prefill_flops(mask: ColumnBlockMask, patterns: Sequence[Pattern], width: int
     return 4.0 * width * mask.work() + 2.0 * width * index
 
 
-def fit_pattern(q: Tensor, k: Tensor, pattern: Pattern, flops_budget: float, config: Config) -> Pattern | None:  # fmt: skip
+def fit_pattern(
+    q: Tensor, k: Tensor, pattern: Pattern, flops_budget: float, config: Config
+) -> Pattern | None:
     """The largest pattern of these proportions that costs one head of q and k [B, 1, T, D] at most `flops_budget`, on
     average over B; None where even the smallest costs more."""
 
