@@ -147,7 +147,7 @@ class KVCache:
 
     def held(self) -> Tensor:
         """bool [B, H, T]: tokens that are still there."""
-        return self._places(torch.arange(self.length, device=self._table.device)) >= 0
+        return (self._table >= 0).repeat_interleave(self.page, 2)[..., : self.length]
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of the pool [B, H, P, D], and the rows that logical positions [B, H, n] lie in (-1: absent).

@@ -34,7 +34,7 @@ class IndexMask:
             raise ValueError("scores: expected numbers, got NaN; check what made them")
         if force is not None:
             scores = scores.masked_fill(force, torch.inf)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        order = _highest(scores, k)
         index = order.masked_fill(scores.gather(-1, order) == -torch.inf, -1)
         return cls(index=index, kv_len=scores.shape[-1])
 
@@ -53,3 +53,15 @@ class IndexMask:
         """bool [B, H, Tq, kv_len]. For tests and the reference."""
         mask = torch.zeros(*self.index.shape[:3], self.kv_len + 1, dtype=torch.bool, device=self.index.device)
         return mask.scatter_(-1, self.index.clamp_min(-1) % (self.kv_len + 1), True)[..., : self.kv_len]
+
+
+def _highest(scores: Tensor, k: int) -> Tensor:
+    """The first `k` of every row in descending order, the lower index first of equal scores."""
+    if k < scores.shape[-1]:
+        values, index = scores.topk(k, sorted=False)
+        # Sorting few is much faster than sorting all, but which of several k-th scores `topk` takes is left open.
+        if not ((scores >= values.amin(-1, keepdim=True)).sum(-1) > k).any():
+            index = index.sort(dim=-1).values
+            order = scores.gather(-1, index).sort(dim=-1, descending=True, stable=True).indices
+            return index.gather(-1, order)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]

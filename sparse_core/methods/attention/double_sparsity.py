@@ -26,6 +26,7 @@ from sparse_core.attention.calibrate import check_model, model_hash, read_plan, 
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels.gather_decode import decode_attention
+from sparse_core.kernels.label_scores import label_scores, quantise
 from sparse_core.registry import Method, register
 
 
@@ -92,6 +93,7 @@ def calibrate_channels(
     """The plan of one layer from its queries [B, Hq, T, D] and keys [B, Hkv, T, D] over some texts; `model` signs it."""
     total, width, tokens = None, 0, 0
     for q, k in pairs:
+        _check_heads(q, k.shape[1], k.shape[-1])
         group, width = q.shape[1] // k.shape[1], k.shape[-1]
         importance = (q.float().unflatten(1, (-1, group)) * k.float()[:, :, None]).abs().sum((0, 2, 3))
         total = importance if total is None else total + importance
@@ -102,6 +104,12 @@ def calibrate_channels(
         raise ValueError(f"channels: expected 1 to {width}, got {channels}")
     best = total.sort(dim=-1, descending=True, stable=True).indices[:, :channels]
     return ChannelPlan(channels=best.cpu(), width=width, model=model_hash(model) if model is not None else "")
+
+
+def _check_heads(q: Tensor, heads: int, width: int) -> None:
+    """ValueError where queries do not fit keys of so many heads and channels."""
+    if q.ndim != 4 or q.shape[1] % heads or q.shape[3] != width:
+        raise ValueError(f"q: expected [B, H, T, {width}] of which {heads} divides H, got {list(q.shape)}")
 
 
 class DoubleSparseCache(KVCache):
@@ -124,14 +132,14 @@ class DoubleSparseCache(KVCache):
 
     @property
     def labels(self) -> Tensor:
-        """Float [B, Hkv, T, r]."""
+        """What is kept of every key: bytes of `quantise` [B, Hkv, T, 4 + ceil(r / 2)], or float16 [B, Hkv, T, r]."""
         kept = self.side("labels")
         if kept.shape[2] != self.shape[2]:
             raise RuntimeError(
                 f"labels: expected one per key, {self.shape[2]}, got {kept.shape[2]}; append through this cache alone"
             )
         counters.add(kv_bytes=kept.numel() * kept.element_size())
-        return dequantise(kept, self.channels.shape[1]) if self.label_bits == 4 else kept.float()
+        return kept
 
     def select(self, q1: Tensor, topk: int) -> IndexMask:
         """The `topk` keys of highest score per query head of q1 [B, Hq, 1, D]. With the query of the layer below, which is
@@ -141,11 +149,15 @@ class DoubleSparseCache(KVCache):
         if not self.length:
             raise ValueError("cache: expected at least one token, got none; prefill it first")
         heads, r = self.channels.shape
-        near = self._pick(q1.float().view(q1.shape[0], heads, -1, q1.shape[-1]))
-        scores = near @ self.labels.mT / math.sqrt(r)
+        _check_heads(q1, heads, self.plan.width)
+        near = self._pick(q1.float().view(q1.shape[0], heads, -1, q1.shape[-1])) / math.sqrt(r)
+        if self.label_bits == 4:
+            scores = label_scores(near.flatten(1, 2), self.labels)
+        else:
+            scores = (near @ self.labels.float().mT).flatten(1, 2)
         counters.add(multiply_adds=scores.numel() * r)
-        scores = scores.masked_fill(~self.held()[:, :, None].to(scores.device), -torch.inf)
-        return IndexMask.from_topk(scores.view(q1.shape[0], q1.shape[1], 1, -1), topk)
+        held = self.held().to(scores.device).repeat_interleave(scores.shape[1] // heads, 1)
+        return IndexMask.from_topk(scores.masked_fill(~held, -torch.inf)[:, :, None], topk)
 
 
 def double_sparse_decode(
@@ -153,29 +165,6 @@ def double_sparse_decode(
 ) -> Tensor:
     """[B, Hq, 1, D]: exact attention over the keys that `selection` names, or that the labels choose."""
     return decode_attention(q1, cache, selection or cache.select(q1, topk))  # type: ignore[return-value]
-
-
-def quantise(x: Tensor) -> Tensor:
-    """Rows [.., r] in four bits each, between the row's least and largest: uint8 [.., 4 + ceil(r / 2)], of which the first
-    four bytes are the least and the step in float16."""
-    low = x.amin(-1, keepdim=True).half()
-    step = ((x.amax(-1, keepdim=True) - low.float()) / 15).half()
-    codes = (
-        torch.where(step > 0, (x - low.float()) / step.float().clamp_min(1e-8), 0)
-        .round()
-        .clamp(0, 15)
-        .to(torch.uint8)
-    )
-    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
-    head = torch.cat([low, step], -1).contiguous().view(torch.uint8)
-    return torch.cat([head, codes[..., ::2] * 16 + codes[..., 1::2]], -1)
-
-
-def dequantise(packed: Tensor, r: int) -> Tensor:
-    """Rows [.., r] of what `quantise` made."""
-    head = packed[..., :4].contiguous().view(torch.float16).float()
-    codes = torch.stack([packed[..., 4:] // 16, packed[..., 4:] % 16], -1).flatten(-2)[..., :r]
-    return head[..., :1] + head[..., 1:] * codes
 
 
 class DoubleSparsity(nn.Module):

@@ -112,22 +112,37 @@ def search(config: Config, q: Tensor, at: Tensor, ends: Tensor, length: int, rea
     m, bk = config.nodes, config.block_k
     edges = torch.arange(m + 1, device=q.device) * ends[:, None] // m
     low, high = (x.expand(*q.shape[:2], -1, -1).contiguous() for x in (edges[:, :-1], edges[:, 1:]))
+    scores = torch.full_like(low, -torch.inf, dtype=torch.float32)
     while int((high - low).max()) > 1:
         middle = (low + high + 1) // 2
+        # Blocks that are single and have their score keep it; halves of all others are looked at.
+        open_ = (high - low > 1) | (scores == -torch.inf)
+        scores = torch.stack([scores, torch.full_like(scores, -torch.inf)], -1).flatten(-2)
         low, high = (torch.stack(pair, -1).flatten(-2) for pair in ((low, middle), (middle, high)))
-        rep = low + (high - low) // 2 if config.rep == "mid" else low
-        scores = _score(config, q, at, rep.clamp_max(-(-length // bk) - 1), length, read)
-        scores = scores.masked_fill(high <= low, -torch.inf)
+        places = _halves(open_)
+        begin, end = low.gather(-1, places), high.gather(-1, places)
+        rep = begin + (end - begin) // 2 if config.rep == "mid" else begin
+        asked = open_.repeat_interleave(2, -1).gather(-1, places) & (end > begin)
+        found = _score(config, q, at, rep.clamp_max(-(-length // bk) - 1), length, read)
+        counters.add(products=int(asked.sum()) * bk * q.shape[-2])
+        scores = scores.scatter(-1, places, found).masked_fill(high <= low, -torch.inf)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m].sort(dim=-1).values
-        low, high = low.gather(-1, best), high.gather(-1, best)
+        low, high, scores = (x.gather(-1, best) for x in (low, high, scores))
     return torch.where(high > low, low, -1)
+
+
+def _halves(chosen: Tensor) -> Tensor:
+    """Where both halves of the chosen nodes [.., m] lie among all halves, [.., 2 C] for the C of the row with most; rows
+    with fewer are filled up with other nodes."""
+    most = int(chosen.sum(-1).max())
+    nodes = (~chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
+    return (2 * nodes[..., None] + torch.arange(2, device=nodes.device)).flatten(-2)
 
 
 def _score(config: Config, q: Tensor, at: Tensor, rep: Tensor, length: int, read: Read) -> Tensor:
     """max over (row, key) of q k for one key block per candidate [B, H, n, C], without keys that a row may not see."""
     places = rep[..., None] * config.block_k + torch.arange(config.block_k, device=q.device)
     products = q.float() @ read(places.flatten(-2).clamp_max(length - 1)).float().mT
-    counters.add(products=products.numel())
     places = places.flatten(-2)[..., None, :]
     seen = (places < length) & (at >= 0)[..., None]
     if config.causal:

@@ -56,7 +56,12 @@ class TidalState:
     positions: IndexMask | None = field(default=None, repr=False)
 
     def attend(self, layer: int, q1: Tensor, cache: KVCache) -> Tensor:
-        """[B, Hq, 1, D] of the newest token, whose key and value are in the layer's cache."""
+        """[B, Hq, 1, D] of the newest token, whose key and value are in the layer's cache. NotImplementedError for several
+        new tokens at once, as speculative decoding has them: positions belong to one query."""
+        if q1.shape[2] != 1:
+            raise NotImplementedError(
+                f"q1: expected one new token, [B, H, 1, D], got {list(q1.shape)}; attend token by token"
+            )
         if not 0 <= layer < self.schedule.num_layers:
             raise ValueError(f"layer: expected 0 to {self.schedule.num_layers - 1}, got {layer}")
         if layer in self.schedule.select:

@@ -108,6 +108,16 @@ def test_topk_of_keys_breaks_ties_by_order_and_leaves_out_the_impossible():
     assert IndexMask.from_topk(scores, 4).density() == 0.75
 
 
+@pytest.mark.parametrize("values", [3, 1000])
+def test_a_selection_is_the_beginning_of_a_stable_sort(values):
+    scores = torch.randint(values, (2, 3, 1, 40), generator=torch.Generator().manual_seed(0)).float()
+    scores[0, 0] = -torch.inf
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    for k in (1, 7, 39, 40, 60):
+        kept = order[..., :k].masked_fill(scores.gather(-1, order[..., :k]) == -torch.inf, -1)
+        assert torch.equal(IndexMask.from_topk(scores, k).index, kept)
+
+
 REFUSED = {
     r"q1: expected \[B, H, 1, D\], one query per head": lambda q, k, v, s: (q.repeat(1, 1, 2, 1), (k, v), s),
     "cache: expected keys .* of at least one token, got .*; prefill it first": lambda q, k, v, s: (

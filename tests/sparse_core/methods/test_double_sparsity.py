@@ -6,15 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparse_core import counters
+from sparse_core.kernels.label_scores import dequantise, quantise
 from sparse_core.methods.attention.double_sparsity import (
     ChannelPlan,
     Config,
     DoubleSparseCache,
     DoubleSparsity,
     calibrate_channels,
-    dequantise,
     double_sparse_decode,
-    quantise,
 )
 
 LENGTH, WIDTH = 512, 64
@@ -110,6 +109,21 @@ def test_reads_are_a_fraction_of_the_cache():
     assert counter.kv_bytes < 0.16 * 2 * 4 * LENGTH * WIDTH * 4
 
 
+@pytest.mark.parametrize(("kv_heads", "label_bits"), [(4, 4), (2, 4), (2, 16)])
+def test_the_choice_is_that_of_the_products_with_the_labels(kv_heads, label_bits):
+    q, k, v = draw(kv_heads=kv_heads)
+    q1, plan = q[:, :, -1:], calibrate_channels([(q, k)], 7)
+    near = k.gather(-1, plan.channels[None, :, None].expand(1, -1, LENGTH, -1))
+    labels = dequantise(quantise(near), 7) if label_bits == 4 else near.half().float()
+    group = 4 // kv_heads
+    rows = q1.gather(-1, plan.channels.repeat_interleave(group, 0)[None, :, None])
+    scores = rows @ labels.repeat_interleave(group, 1).mT
+    chosen = fill(plan, k, v, label_bits=label_bits).select(q1, 30).to_token_mask()
+    kept = scores.masked_fill(~chosen, torch.inf).amin(-1)
+    assert (chosen.sum(-1) == 30).all()
+    assert (kept >= scores.masked_fill(chosen, -torch.inf).amax(-1) - 1e-4).all()
+
+
 def test_a_choice_made_earlier_may_be_used():
     q, k, v = draw()
     cache = fill(calibrate_channels([(q, k)], 8), k, v, offload=True)
@@ -169,5 +183,15 @@ def test_bad_input_is_refused():
     plan = ChannelPlan(channels=torch.zeros(1, 2, dtype=torch.long), width=8)
     with pytest.raises(ValueError, match="cache: expected at least one token, got none; prefill it first"):
         DoubleSparseCache(plan).select(torch.zeros(1, 1, 1, 8), 4)
+    with pytest.raises(
+        ValueError, match=r"q: expected \[B, H, T, 64\] of which 4 divides H, got \[1, 6, 1, 64\]"
+    ):
+        fill(calibrate_channels([draw()[:2]], 4), *draw()[1:]).select(torch.zeros(1, 6, 1, WIDTH), 4)
+    with pytest.raises(ValueError, match=r"q: expected \[B, H, T, 64\] of which 3 divides H, got"):
+        calibrate_channels([(draw()[0], draw(kv_heads=3, heads=3)[1])], 4)
+    with pytest.raises(ValueError, match=r"k, v: expected both \[1, 4, n, 64\], got"):
+        DoubleSparseCache(calibrate_channels([draw()[:2]], 4)).append(*[torch.zeros(1, 4, 2, 32)] * 2)
+    with pytest.raises(ValueError, match="topk: expected at least one key, got 0"):
+        fill(calibrate_channels([draw()[:2]], 4), *draw()[1:]).select(torch.zeros(1, 4, 1, WIDTH), 0)
     with pytest.raises(ValueError, match=r"channels: expected \[H, r\] of 0 to 7, got"):
         ChannelPlan(channels=torch.full((1, 2), 8), width=8)

@@ -92,6 +92,24 @@ def test_the_search_costs_what_the_tree_costs_and_no_scan():
     assert counter.products < length * length / 4
 
 
+def test_a_block_that_stands_alone_is_looked_at_once():
+    length, budget = 1300, 64  # 10 to 20 blocks per node: halving splits them unevenly
+    q, k, _ = draw(length // 2, length, heads=(1, 1))
+    with counters.count() as counter:
+        hip_mask(q, k, budget=budget, block_q=1, window=0, sink=0)
+    ends = torch.arange(length - length // 2, length) + 1
+    assert counter.products <= 1.05 * float((2 * budget * (ends / budget).log2()).sum())
+
+
+def test_of_equal_scores_the_earlier_blocks_are_kept_every_time():
+    q, k, _ = (torch.zeros_like(x) for x in draw(64, 64))
+    config = Config(budget=8, block_q=16, block_k=2, window=0, sink=0)
+    first, again = (hip_mask(q, k, **vars(config)).blocks for _ in range(2))
+    assert torch.equal(first, again)
+    found = plain_tree(q[0, 0], k[0, 0], range(48, 64), 32, config)
+    assert set(first[0, 0, 3, :24].nonzero().flatten().tolist()) == {block for block in found if block < 24}
+
+
 def autoregressive(rho, length, seed=0):
     """Keys that change slowly with rho near 1, and queries that each ask for one earlier key."""
     generator = torch.Generator().manual_seed(seed)

@@ -152,3 +152,37 @@ def test_schedules_that_cannot_be_are_refused(wrong, sentence):
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="layer: expected 0 to 31, got 32"):
         TidalState(TidalSchedule()).attend(32, torch.zeros(1, 1, 1, 8), KVCache(1, 1, 8))
+
+
+def test_several_new_tokens_at_once_are_refused():
+    with pytest.raises(
+        NotImplementedError, match=r"q1: expected one new token, \[B, H, 1, D\], got \[1, 2, 3, 16\]"
+    ):
+        TidalState(TidalSchedule()).attend(2, torch.zeros(1, 2, 3, WIDTH), KVCache(1, 2, WIDTH))
+
+
+def test_a_shorter_sample_of_a_batch_keeps_as_many_keys_as_it_has():
+    layers = [
+        [torch.cat(pair) for pair in zip(*both, strict=True)]
+        for both in zip(stack(), stack(seed=1), strict=True)
+    ]
+    schedule = TidalSchedule(num_layers=LAYERS, full=(), select=(0,), topk=32)
+    whole, short, caches = TidalState(schedule), TidalState(schedule), fill_batch(layers, missing=176)
+    for layer, (q, k, v) in enumerate(layers[:3]):
+        out = whole.attend(layer, q, caches[layer])
+        own = KVCache(1, HEADS, WIDTH)
+        own.append(k[1:, :, 176:], v[1:, :, 176:])
+        torch.testing.assert_close(out[1:], short.attend(layer, q[1:], own), atol=2e-6, rtol=1e-4)
+    assert (whole.positions.index >= 0).sum(-1).flatten().tolist() == [32, 32, 24, 24]
+
+
+def fill_batch(layers, missing):
+    """Caches of two samples, of which the second one lacks its first `missing` tokens."""
+    caches = []
+    for _, k, v in layers:
+        caches.append(KVCache(2, HEADS, WIDTH, page=16))
+        caches[-1].append(k, v)
+        pages = torch.zeros(2, HEADS, missing // 16, dtype=torch.bool)
+        pages[1] = True
+        caches[-1].evict(pages)
+    return caches

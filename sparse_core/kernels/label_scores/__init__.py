@@ -1,0 +1,51 @@
+"""Products of queries with rows that are kept in four bits: what a decoder chooses keys by."""
+
+from __future__ import annotations
+
+from functools import cache as remember
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparse_core.kernels.label_scores.packing import dequantise, quantise
+
+__all__ = ["IMPLEMENTATIONS", "dequantise", "label_scores", "quantise"]
+IMPLEMENTATIONS = ("reference", "numba")
+
+
+def label_scores(
+    q: Tensor, packed: Tensor, *, implementation: Literal["auto", "reference", "numba"] = "auto"
+) -> Tensor:
+    """q [B, Hq, r] times each row of `quantise`d labels [B, Hkv, T, 4 + ceil(r / 2)], of which every head serves Hq / Hkv
+    query heads: float32 [B, Hq, T]. Not differentiable on a CPU. Raises ValueError for shapes that do not fit."""
+    if q.ndim != 3 or packed.ndim != 4 or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"q, packed: expected [B, H, r] and bytes [B, H, T, n], got {list(q.shape)} and {packed.dtype} "
+            f"{list(packed.shape)}"
+        )
+    (b, hq, r), (samples, hkv, _, width) = q.shape, packed.shape
+    if samples != b or hq % hkv or width != 4 + (r + 1) // 2:
+        raise ValueError(
+            f"packed: expected [{b}, H, T, {4 + (r + 1) // 2}] of which H divides {hq}, got {list(packed.shape)}"
+        )
+    return _score(_choose(q) if implementation == "auto" else implementation)(q.float(), packed)
+
+
+def _choose(q: Tensor) -> str:
+    return "numba" if q.device.type == "cpu" and find_spec("numba") else "reference"
+
+
+@remember
+def _score(name: str):
+    """The function `score` of an implementation, imported when it is first asked for."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
+        )
+    if name == "numba":
+        from sparse_core.kernels.label_scores.numba import score
+    else:
+        from sparse_core.kernels.label_scores.reference import score
+    return score
