@@ -4,6 +4,8 @@ Every method of `sparse_core.methods.attention` makes one of these masks, and th
 """
 
 from sparse_core.attention.masks.block import BlockMask, Rule, causal
+from sparse_core.attention.masks.clusters import ClusterMask
 from sparse_core.attention.masks.index import IndexMask
+from sparse_core.attention.masks.window import window_mask
 
-__all__ = ["BlockMask", "IndexMask", "Rule", "causal"]
+__all__ = ["BlockMask", "ClusterMask", "IndexMask", "Rule", "causal", "window_mask"]
