@@ -293,7 +293,7 @@ class RoutingLayer(AttentionLayer):
         self._loss: Tensor | None = None
 
     def mask(self, q: Tensor, k: Tensor, v: Tensor) -> RoutingMask:
-        """The clusters of these tokens. In training the centroids begin with the first batch, and move if `auto_update`."""
+        """The clusters of these tokens. In training the centroids begin with the first batch; `auto_update` moves them."""
         mask, aux = self.routing.route(q, k)
         self._loss = aux["commit_loss"] if self.training else None
         if self.training and self.config.auto_update:
