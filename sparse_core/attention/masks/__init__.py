@@ -4,7 +4,9 @@ Every method of `sparse_core.methods.attention` makes one of these masks, and th
 """
 
 from sparse_core.attention.masks.block import BlockMask, Rule, causal
+from sparse_core.attention.masks.clusters import ClusterMask
 from sparse_core.attention.masks.column import ColumnBlockMask
 from sparse_core.attention.masks.index import IndexMask
+from sparse_core.attention.masks.window import window_mask
 
-__all__ = ["BlockMask", "ColumnBlockMask", "IndexMask", "Rule", "causal"]
+__all__ = ["BlockMask", "ClusterMask", "ColumnBlockMask", "IndexMask", "Rule", "causal", "window_mask"]

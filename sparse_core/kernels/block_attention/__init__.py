@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_core import counters
 
 if TYPE_CHECKING:
-    from sparse_core.attention.masks import BlockMask
+    from sparse_core.attention.masks import BlockMask, ClusterMask
 
 log = logging.getLogger(__name__)
 Implementation = Literal["auto", "reference", "numba", "gather", "triton"]
@@ -61,7 +61,7 @@ def _tokens(mask: BlockMask) -> Tensor:
     return (mask.kv_len - torch.arange(mask.shape[3], device=mask.kv_num.device) * size).clamp_max(size)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | ClusterMask) -> None:
     """ValueError, in one sentence, where the arguments do not fit each other."""
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(

@@ -1,0 +1,125 @@
+"""Routing Transformer (arXiv 2003.05997): the clusters that online k-means learns hold most of the attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.claims import Trial
+from benchmarks.speed.timing import take_turns
+from sparse_core import counters
+from sparse_core.attention.kmeans import routing_vectors
+from sparse_core.attention.masks import ClusterMask
+from sparse_core.kernels.segment_attention import segment_attention
+from sparse_core.methods.attention.routing import RoutingAttention
+
+CLAIM = "Clusters of 6% of the causal pairs hold most of the attention once online k-means has moved the centroids"
+THRESHOLD = (
+    "attention mass within clusters >= 0.65 and >= 2 x that of random centroids; commitment loss falls by >= 2 x; output "
+    "within 2e-5 of dense attention under the same clusters; at most 0.08 of the dense products and 2 x the keys and values "
+    "read once"
+)
+SEEDS = 3
+TOKENS, WIDTH, CLUSTERS, ROWS, STEPS, NOISE = 2048, 64, 16, 8192, 60, 0.65
+
+
+def measure(seed: int) -> Trial:
+    """Planted clusters with noise; centroids begin at random directions, and only the updates move them."""
+    generator = torch.Generator().manual_seed(seed)
+    planted = torch.randn(CLUSTERS, WIDTH, generator=generator)
+    train, test = (_draw(planted, rows, generator) for rows in (ROWS, TOKENS))
+    attention = RoutingAttention(
+        1, WIDTH, CLUSTERS, TOKENS // CLUSTERS, local_heads=0, decay=0.9, commitment=1.0, seed=seed
+    )
+    attention.init_centroids(torch.randn(1, 1, TOKENS, WIDTH, generator=generator))
+    random = _mass(test, _route(attention, test)[0])
+    losses = _train(attention, train)
+    mask, loss = _route(attention, test)
+    mass, oracle = _mass(test, mask), _mass(test, _planted_mask(planted, test))
+    checks = _check(test, mask, generator)
+    fall = losses[0] / loss
+    passed = (
+        mass >= max(0.65, 2 * random) and fall >= 2 and checks["largest_error"] <= 2e-5
+        and checks["products_ratio"] <= 0.08 and checks["kv_bytes_ratio"] <= 2
+    )  # fmt: skip
+    return Trial(
+        value=mass, control=random, oracle=oracle, passed=passed,
+        details={"loss_before": losses[0], "loss_after": loss, "density": mask.density(), **checks},
+    )  # fmt: skip
+
+
+def _draw(planted: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """Queries that are their own keys, [B, 1, T, D]."""
+    owner = torch.randint(0, CLUSTERS, (rows,), generator=generator)
+    x = planted[owner] + NOISE * torch.randn(rows, WIDTH, generator=generator)
+    return x.view(-1, 1, TOKENS, WIDTH)
+
+
+def _train(attention: RoutingAttention, x: Tensor) -> list[float]:
+    """Commitment losses before each of the updates."""
+    attention.train()
+    losses = []
+    for _ in range(STEPS):
+        losses.append(_route(attention, x)[1])
+        attention.update_centroids()
+    attention.eval()
+    return losses
+
+
+@torch.no_grad()
+def _route(attention: RoutingAttention, x: Tensor) -> tuple[ClusterMask, float]:
+    mask, aux = attention.route(x, None)
+    return mask.routed, float(aux["commit_loss"])
+
+
+def _others(rows: int) -> Tensor:
+    """What dense attention sees: the past, and not itself unless it is the first."""
+    seen = torch.ones(rows, rows, dtype=torch.bool).tril(-1)
+    seen[0, 0] = True
+    return seen
+
+
+def _mass(x: Tensor, mask: ClusterMask | Tensor) -> float:
+    """Mean over rows of the probability that dense attention gives to the pairs that a mask keeps."""
+    kept = mask.to_token_mask() if isinstance(mask, ClusterMask) else mask
+    scores = (x @ x.mT * WIDTH**-0.5).masked_fill(~_others(x.shape[2]), -torch.inf)
+    return float((scores.softmax(-1) * kept).sum(-1).mean())
+
+
+def _planted_mask(planted: Tensor, x: Tensor) -> Tensor:
+    """All pairs of one planted cluster, of whatever size."""
+    owner = (routing_vectors(x) @ routing_vectors(planted).mT).argmax(-1)
+    return owner[..., :, None] == owner[..., None, :]
+
+
+def _dense(q: Tensor, v: Tensor, mask: ClusterMask) -> Tensor:
+    """Mean over clusters of dense attention under the mask of each, one cluster at a time."""
+    total, times = torch.zeros_like(v), torch.zeros_like(v[..., :1])
+    for kept in mask.to_token_masks().unbind(2):
+        some = kept.any(-1, keepdim=True)
+        total += F.scaled_dot_product_attention(q, q, v, attn_mask=kept | ~some) * some
+        times += some
+    return total / times.clamp_min(1)
+
+
+def _check(x: Tensor, mask: ClusterMask, generator: torch.Generator) -> dict[str, float]:
+    """That the cheap way is the dense one's equal, and cheap."""
+    v = torch.randn(x.shape, generator=generator)
+    with torch.no_grad(), counters.count() as counter:
+        ours = segment_attention(x, x, v, mask)
+    pairs = TOKENS * (TOKENS + 1) // 2
+    with torch.no_grad():
+        times = take_turns(
+            {
+                "sparse": lambda: segment_attention(x, x, v, mask),
+                "dense": lambda: F.scaled_dot_product_attention(x, x, v, is_causal=True),
+            },
+            5,
+        )
+    return {
+        "largest_error": float((ours - _dense(x, v, mask)).abs().max()),
+        "products_ratio": counter.products / pairs,
+        "kv_bytes_ratio": counter.kv_bytes / (2 * x.numel() * x.element_size()),
+        "speed_up_over_dense": times["dense"] / times["sparse"],
+    }
