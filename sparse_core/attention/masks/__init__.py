@@ -5,5 +5,6 @@ Every method of `sparse_core.methods.attention` makes one of these masks, and th
 
 from sparse_core.attention.masks.block import BlockMask, Rule, causal
 from sparse_core.attention.masks.index import IndexMask
+from sparse_core.attention.masks.span import SpanPlan
 
-__all__ = ["BlockMask", "IndexMask", "Rule", "causal"]
+__all__ = ["BlockMask", "IndexMask", "Rule", "SpanPlan", "causal"]
