@@ -122,7 +122,7 @@ def _explain(
         least = find_options(use, {}, **limits)
         needed = use[np.arange(len(cost)), least].sum()  # without budgets there always is a choice
         if find_options(use, {name: budget}, **limits) is None:
-            return f"{name}: expected at most {budget.most:g}, got {needed:g} at the least; raise it or offer cheaper options"
+            return f"{name}: expected at most {budget.most:g}, got {needed:g} at the least; raise it or offer less"
     names = list(budgets)
     for count in range(2, len(names)):
         if (
