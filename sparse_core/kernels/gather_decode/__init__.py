@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from functools import cache as remember
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from torch import Tensor
 
 from sparse_core import counters
 
 if TYPE_CHECKING:
-    from sparse_core.attention.kv_cache import KVCache
-    from sparse_core.attention.masks import IndexMask
+    from sparse_core.attention.masks import IndexMask, SpanPlan
 
 IMPLEMENTATIONS = ("reference", "numba", "gather")
 
 
+class Cache(Protocol):
+    """What can be decoded from: shape [B, Hkv, T, D], and the rows that logical positions [B, Hkv, n] lie in (-1: absent)
+    of keys and values [B, H, P, D], in which every row belongs to its head or, where H is 1, to any."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 def decode_attention(
     q1: Tensor,
-    cache: KVCache | tuple[Tensor, Tensor],
-    selection: IndexMask,
+    cache: Cache | tuple[Tensor, Tensor],
+    selection: IndexMask | SpanPlan,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -29,8 +38,9 @@ def decode_attention(
     """softmax(scale q k^T) v over the keys that `selection` names, for one query per head.
 
     q1 [B, Hq, 1, D]; cache: a `KVCache`, or the pair of keys and values [B, Hkv, T, D]; selection: indices [B, H, 1, n] of
-    the query heads or of the key-value heads. Returns [B, Hq, 1, D], and with `return_lse` [B, Hq, 1] in float32. Not
-    differentiable on a CPU. Raises ValueError for shapes that do not fit and for an empty cache.
+    the query heads or of the key-value heads, or the spans of either, for a query at the newest token. Returns
+    [B, Hq, 1, D], and with `return_lse` [B, Hq, 1] in float32. Not differentiable on a CPU. Raises ValueError for shapes
+    that do not fit and for an empty cache.
     """
     shape = tuple(cache[0].shape) if isinstance(cache, tuple) else cache.shape
     index = _check(q1, shape, selection)
@@ -58,7 +68,7 @@ def decode_attention(
     return (out[:, :, None], lse[:, :, None]) if return_lse else out[:, :, None]
 
 
-def _check(q: Tensor, shape: tuple[int, ...], selection: IndexMask) -> Tensor:
+def _check(q: Tensor, shape: tuple[int, ...], selection: IndexMask | SpanPlan) -> Tensor:
     """The keys of every query head, [B, Hq, n], of a cache of `shape` [B, Hkv, T, D]."""
     if q.ndim != 4 or q.shape[2] != 1:
         raise ValueError(f"q1: expected [B, H, 1, D], one query per head, got {list(q.shape)}")
@@ -70,7 +80,10 @@ def _check(q: Tensor, shape: tuple[int, ...], selection: IndexMask) -> Tensor:
     hkv = shape[1]
     if shape[0] != b or shape[3] != d or hq % hkv:
         raise ValueError(f"cache: expected keys [{b}, H, T, {d}] of which H divides {hq}, got {list(shape)}")
-    index, length = selection.index, selection.kv_len
+    # Told apart by what they can do: a kernel imports no mask.
+    to_index = getattr(selection, "to_index", None)
+    named = cast("IndexMask", selection if to_index is None else to_index(shape[2], q.device))
+    index, length = named.index, named.kv_len
     if length != shape[2]:
         raise ValueError(
             f"selection: expected one of {shape[2]} cached keys, got one of {length}; select again"
