@@ -4,6 +4,7 @@ Every method of `sparse_core.methods.attention` makes one of these masks, and th
 """
 
 from sparse_core.attention.masks.block import BlockMask, Rule, causal
+from sparse_core.attention.masks.csr import TokenCSR
 from sparse_core.attention.masks.index import IndexMask
 
-__all__ = ["BlockMask", "IndexMask", "Rule", "causal"]
+__all__ = ["BlockMask", "IndexMask", "Rule", "TokenCSR", "causal"]
