@@ -29,7 +29,7 @@ class TokenCSR:
         rows, last = self.batch * self.heads * self.q_len, self.kv_len - 1
         if self.crow.shape != (rows + 1,) or self.col.ndim != 1:
             raise ValueError(
-                f"crow: expected {rows + 1} offsets for {self.batch} samples, {self.heads} heads and {self.q_len} queries, "
+                f"crow: expected {rows + 1} offsets for {self.batch} samples, {self.heads} heads and {self.q_len} queries "
                 f"and col [n], got {list(self.crow.shape)} and {list(self.col.shape)}; give one row per query"
             )
         if self.crow.dtype != torch.int64 or self.col.dtype != torch.int64:

@@ -36,7 +36,7 @@ def _weigh(scores, kept, largest, level):
 
 @njit(cache=True, nogil=True)
 def _sum_rows(weights, rows, kept, x, out, at, width):
-    """out[at ..] += sum of weights times the rows of x that begin at `rows`; they come in fours, the spare weigh nothing."""
+    """out[at ..] += sum of weights times the rows of x that begin at `rows`; in fours, the spare weigh nothing."""
     for j in range(kept, -(-kept // 4) * 4):
         rows[j], weights[j] = rows[0], np.float32(0)
     for j in range(0, kept, 4):

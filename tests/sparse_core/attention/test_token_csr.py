@@ -56,7 +56,7 @@ def test_all_cells_together_cover_every_key_once(count):
 
 
 REFUSED = {
-    r"crow: expected 3 offsets for 1 samples, 1 heads and 2 queries, and col \[n\], got \[2\] and \[2\]": (
+    r"crow: expected 3 offsets for 1 samples, 1 heads and 2 queries and col \[n\], got \[2\] and \[2\]": (
         [0, 2],
         [0, 1],
     ),
