@@ -47,9 +47,9 @@ def mass(scores: Tensor, share: float) -> Tensor:
     return _mark(scores, order, before < share)
 
 
-def grouped_topk(scores: Tensor, k: int, dim: int) -> Tensor:
+def grouped_topk(scores: Tensor, k: int | Tensor, dim: int) -> Tensor:
     """The `k` highest of axis `dim` and the last axis together: a head that needs more takes it from one that needs less
-    (SEA, arXiv 2310.01777)."""
+    (SEA, arXiv 2310.01777). k may be a tensor that broadcasts to the rows, which are all axes but these two."""
     moved = scores.movedim(dim, -2)
     return topk(moved.flatten(-2), k).unflatten(-1, moved.shape[-2:]).movedim(-2, dim)
 

@@ -6,8 +6,19 @@ Every method of `sparse_core.methods.attention` makes one of these masks, and th
 from sparse_core.attention.masks.block import BlockMask, Rule, causal
 from sparse_core.attention.masks.clusters import ClusterMask
 from sparse_core.attention.masks.column import ColumnBlockMask
+from sparse_core.attention.masks.csr import TokenCSR
 from sparse_core.attention.masks.index import IndexMask
 from sparse_core.attention.masks.span import SpanPlan
 from sparse_core.attention.masks.window import window_mask
 
-__all__ = ["BlockMask", "ClusterMask", "ColumnBlockMask", "IndexMask", "Rule", "SpanPlan", "causal", "window_mask"]
+__all__ = [
+    "BlockMask",
+    "ClusterMask",
+    "ColumnBlockMask",
+    "IndexMask",
+    "Rule",
+    "SpanPlan",
+    "TokenCSR",
+    "causal",
+    "window_mask",
+]

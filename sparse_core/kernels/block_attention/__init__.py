@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_core import counters
 
 if TYPE_CHECKING:
-    from sparse_core.attention.masks import BlockMask, ClusterMask
+    from sparse_core.attention.masks import BlockMask, ClusterMask, TokenCSR
 
 log = logging.getLogger(__name__)
 Implementation = Literal["auto", "reference", "numba", "gather", "triton"]
@@ -61,8 +61,8 @@ def _tokens(mask: BlockMask) -> Tensor:
     return (mask.kv_len - torch.arange(mask.shape[3], device=mask.kv_num.device) * size).clamp_max(size)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | ClusterMask) -> None:
-    """ValueError, in one sentence, where the arguments do not fit each other."""
+def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | ClusterMask | TokenCSR) -> None:
+    """ValueError, in one sentence, where the arguments do not fit each other; also for masks of single keys."""
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(
             f"q, k, v: expected [B, H, T, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"

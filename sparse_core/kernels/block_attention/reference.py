@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparse_core.attention.masks import BlockMask
+    from sparse_core.attention.masks import BlockMask, TokenCSR
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | TokenCSR, scale: float
+) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Tq, D] and log-sum-exp [B, Hq, Tq] of the scores that `mask` keeps; a row of which none is kept gives
     0 and -inf. Key-value heads serve Hq / Hkv query heads each. Builds [Tq, Tk] scores."""
     group = q.shape[1] // k.shape[1]

@@ -22,7 +22,6 @@ from sparse_core.methods.attention.moa import (
     rule_grid,
     select_plan,
 )
-from sparse_core.methods.attention.moa import influence as influence_module
 from sparse_core.registry import get_method
 
 MIXED = Plan(rules=((SpanRule(16), SpanRule(0, 0.5)), (SpanRule(-8, 0.75), SpanRule(64))), block=16, sink=16)
