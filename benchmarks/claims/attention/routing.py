@@ -17,8 +17,8 @@ from sparse_core.methods.attention.routing import RoutingAttention
 CLAIM = "Clusters of 6% of the causal pairs hold most of the attention once online k-means has moved the centroids"
 THRESHOLD = (
     "attention mass within clusters >= 0.65 and >= 2 x that of random centroids; commitment loss falls by >= 2 x; output "
-    "within 2e-5 of dense attention under the same clusters; at most 0.08 of the dense products and 2 x the keys and values "
-    "read once"
+    "within 2e-5 of dense attention under the same clusters; at most 0.08 of the dense products and 2 x the keys and "
+    "values read once"
 )
 SEEDS = 3
 TOKENS, WIDTH, CLUSTERS, ROWS, STEPS, NOISE = 2048, 64, 16, 8192, 60, 0.65

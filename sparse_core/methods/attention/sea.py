@@ -1,4 +1,4 @@
-"""SEA (arXiv 2310.01777): linear attention guesses the map of a quadratic teacher, and attention is exact where it is high.
+"""SEA (arXiv 2310.01777): linear attention guesses a teacher's map, and attention is exact where it is high.
 
     x_i    = enc(Performer(q, k, [e, v])_i, v_i),  e_j the identity [D, D] stretched over T tokens: where weight lies
     S      = dec(x) in [H, T, K],                  a CNN over queries and columns, all heads together
@@ -6,7 +6,7 @@
     cell c of row i covers the keys floor(c L_i / K) to floor((c + 1) L_i / K),
     out_i  = b_i a_i softmax(q_i k_j / sqrt(D) : j in M_i) v + (1 - b_i) mean(v),  a_i, b_i = sigmoid(Linear(x_i)).
 
-Training distils: 0.1 KL(A || softmax(up S)) + MSE(softmax(up S), A) + MSE of the outputs against those of the teacher's map
+Training distils: 0.1 KL(A || softmax(up S)) + MSE(softmax(up S), A) + MSE of the outputs against those of its map
 A [T, T], so a training step is quadratic. Inference holds nothing larger than [T, H K] and costs O(T (m D + K + k)).
 
 Fidelity: adapted. A row shorter than K uses as many cells as it has keys, the budget follows L_i row by row, the gates
@@ -101,7 +101,7 @@ class MapDecoder(nn.Module):
 
 
 class SEAAttention(nn.Module):
-    """One attention layer of `heads` query heads of `head_dim` channels; further keyword arguments are those of `Config`."""
+    """One attention layer of `heads` query heads of `head_dim` channels; keyword arguments are those of `Config`."""
 
     def __init__(
         self, heads: int, head_dim: int, pred_len: int = 128, k: int = 64, nb_factor: float = 1.0,
@@ -202,7 +202,7 @@ class SEAAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: TokenCSR, *, x: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[B, Hq, T, D] under a mask; the gates ask for the rows x of `encode`, which are made where they are not given."""
+        """[B, Hq, T, D] under a mask; the gates need the rows x of `encode`, made where not given."""
         out: Tensor = csr_attention(q, k, v, mask)  # type: ignore[assignment]
         if not self.config.scaler:
             return out
@@ -275,7 +275,7 @@ class SEAAttention(nn.Module):
 
 
 def stretch(scores: Tensor, seen: Tensor) -> Tensor:
-    """log softmax over keys [B, H, T, T] of scores [B, H, T, K] of cells, each key with the score of its cell; -inf for keys
+    """log softmax over keys [B, H, T, T] of scores [B, H, T, K] of cells, each key with that of its cell; -inf for keys
     past those seen [B or 1, T] by the row. Quadratic: for training and tests."""
     key, count = torch.arange(scores.shape[2], device=scores.device), scores.shape[3]
     cell = ((key + 1) * count - 1) // seen[..., None].clamp_min(1)
