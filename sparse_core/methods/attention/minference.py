@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """MInference 1.0 (arXiv 2407.02490): each head prefills with the sparse pattern that an offline search found to suit it.
 
 A head keeps query i's key j if j is not in the future and, by its pattern,
