@@ -20,7 +20,7 @@ CASES = {  # B, Hq, Hkv, T, D, C, w, options
 
 
 def pick(b, h, c, w, length, generator):
-    """Tokens of each cluster in order of position, some places empty, and all of the first cluster if there are several."""
+    """Tokens of each cluster in order of position, some places empty, and all of the first of many clusters."""
     index = torch.rand(b, h, c, length, generator=generator).argsort(-1)[..., :w].sort(-1).values
     if w > 3:
         index[..., -1] = -1
@@ -69,9 +69,7 @@ def test_token_masks_are_the_rule_pair_by_pair(case):
     *_, mask = draw(case)
     masks = mask.to_token_masks()
     for b, h, c in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape)).reshape(-1, 3).tolist():
-        queries, keys = (
-            {int(t) for t in x[b, h, c] if t >= 0} for x in (mask.q_index, mask.k_index)
-        )
+        queries, keys = ({int(t) for t in x[b, h, c] if t >= 0} for x in (mask.q_index, mask.k_index))
         for i in range(mask.q_len):
             seen = {j for j in keys if i in queries and (j <= i or not mask.causal)}
             if mask.skip_self and seen != {i}:
@@ -114,7 +112,9 @@ def test_half_precision_comes_back_as_it_was(dtype):
     q, k, v, mask = draw("causal", dtype)
     ours = segment_attention(q, k, v, mask)
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours, segment_attention(q, k, v, mask, implementation="reference"), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        ours, segment_attention(q, k, v, mask, implementation="reference"), atol=2e-2, rtol=2e-2
+    )
 
 
 def test_one_mask_serves_all_samples_and_heads():
@@ -152,7 +152,9 @@ def test_bad_inputs():
     index = torch.zeros(1, 1, 2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="mask: expected one for 19 queries and 20 keys, got 20 and 20"):
         segment_attention(q[:, :, 1:], k, v, mask)
-    with pytest.raises(ValueError, match="implementation: expected auto or one of reference, gather, got 'x'"):
+    with pytest.raises(
+        ValueError, match="implementation: expected auto or one of reference, gather, got 'x'"
+    ):
         segment_attention(q, k, v, mask, implementation="x")
     with pytest.raises(ValueError, match=r"q_index, k_index: expected \[B, H, C, w\] and \[B, H, C, u\]"):
         ClusterMask(q_index=index, k_index=index[:, :, :1], q_len=4, kv_len=4)
