@@ -94,6 +94,7 @@ def test_nothing_forbidden_is_seen(case):
     if attention.config.shared_qk:
         for kept in (mask.routed.to_token_masks(), tokens[:, : attention.local_heads]):
             assert not (kept.diagonal(dim1=-2, dim2=-1) & (kept.sum(-1) > 1)).any()
+    assert tokens.shape == (2, 4, length, length)
     assert tokens.any(dim=(0, 2, 3)).all()
 
 
