@@ -11,21 +11,20 @@ from benchmarks.speed.timing import take_turns
 from sparse_core import counters
 from sparse_core.attention.kmeans import routing_vectors
 from sparse_core.attention.masks import ClusterMask
-from sparse_core.kernels.segment_attention import segment_attention
 from sparse_core.methods.attention.routing import RoutingAttention
 
 CLAIM = "Clusters of 6% of the causal pairs hold most of the attention once online k-means has moved the centroids"
 THRESHOLD = (
     "attention mass within clusters >= 0.65 and >= 2 x that of random centroids; commitment loss falls by >= 2 x; output "
-    "within 2e-5 of dense attention under the same clusters; at most 0.08 of the dense products and 2 x the keys and "
-    "values read once"
+    "within 2e-5 of dense attention under the same clusters; at most 0.08 of the dense products (pairs of 16 clusters are "
+    "0.062, products with centroids 0.016) and each key and value read at most once on average"
 )
 SEEDS = 3
 TOKENS, WIDTH, CLUSTERS, ROWS, STEPS, NOISE = 2048, 64, 16, 8192, 60, 0.65
 
 
 def measure(seed: int) -> Trial:
-    """Planted clusters with noise; centroids begin at random directions, and only the updates move them."""
+    """Planted clusters with noise; centroids begin as those of noise alone, and only the updates move them."""
     generator = torch.Generator().manual_seed(seed)
     planted = torch.randn(CLUSTERS, WIDTH, generator=generator)
     train, test = (_draw(planted, rows, generator) for rows in (ROWS, TOKENS))
@@ -37,11 +36,11 @@ def measure(seed: int) -> Trial:
     losses = _train(attention, train)
     mask, loss = _route(attention, test)
     mass, oracle = _mass(test, mask), _mass(test, _planted_mask(planted, test))
-    checks = _check(test, mask, generator)
+    checks = _check(attention, test, generator)
     fall = losses[0] / loss
     passed = (
         mass >= max(0.65, 2 * random) and fall >= 2 and checks["largest_error"] <= 2e-5
-        and checks["products_ratio"] <= 0.08 and checks["kv_bytes_ratio"] <= 2
+        and checks["products_ratio"] <= 0.08 and checks["kv_bytes_ratio"] <= 1
     )  # fmt: skip
     return Trial(
         value=mass, control=random, oracle=oracle, passed=passed,
@@ -103,23 +102,22 @@ def _dense(q: Tensor, v: Tensor, mask: ClusterMask) -> Tensor:
     return total / times.clamp_min(1)
 
 
-def _check(x: Tensor, mask: ClusterMask, generator: torch.Generator) -> dict[str, float]:
-    """That the cheap way is the dense one's equal, and cheap."""
+def _check(attention: RoutingAttention, x: Tensor, generator: torch.Generator) -> dict[str, float]:
+    """That the cheap way, choosing included, is the dense one's equal, and cheap."""
     v = torch.randn(x.shape, generator=generator)
-    with torch.no_grad(), counters.count() as counter:
-        ours = segment_attention(x, x, v, mask)
-    pairs = TOKENS * (TOKENS + 1) // 2
     with torch.no_grad():
+        with counters.count() as counter:
+            ours, aux = attention(x, None, v)
         times = take_turns(
             {
-                "sparse": lambda: segment_attention(x, x, v, mask),
+                "sparse": lambda: attention(x, None, v),
                 "dense": lambda: F.scaled_dot_product_attention(x, x, v, is_causal=True),
             },
             5,
         )
     return {
-        "largest_error": float((ours - _dense(x, v, mask)).abs().max()),
-        "products_ratio": counter.products / pairs,
+        "largest_error": float((ours - _dense(x, v, aux["mask"].routed)).abs().max()),
+        "products_ratio": counter.products / (TOKENS * (TOKENS + 1) // 2),
         "kv_bytes_ratio": counter.kv_bytes / (2 * x.numel() * x.element_size()),
         "speed_up_over_dense": times["dense"] / times["sparse"],
     }

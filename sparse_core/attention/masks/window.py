@@ -21,6 +21,8 @@ def window_mask(there: Tensor, size: int, *, causal: bool = True, skip_self: boo
     near = ((at[:, None] - at).abs() <= 1) & ((at[:, None] >= at) if causal else True)
     shape = (len(there), 1, len(at), len(at))
     lone = _lone(there, block, causal)
+    # A rule is asked for whole blocks, the last of which may be ragged.
+    there, lone = (F.pad(x, (0, -length % block)) for x in (there, lone))
 
     def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         b = b if len(there) > 1 else b * 0

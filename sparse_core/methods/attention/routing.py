@@ -91,9 +91,10 @@ class Aux(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingMask:
-    """What the heads look at: the first ones a window (None: there are no such heads), the others their clusters."""
+    """What the heads look at: the first `local_heads` a window, None if there are no such heads; the others clusters."""
 
     local: BlockMask | None
+    local_heads: int
     routed: ClusterMask
 
     def to_token_mask(self) -> Tensor:
@@ -101,7 +102,8 @@ class RoutingMask:
         routed = self.routed.to_token_mask()
         if self.local is None:
             return routed
-        return torch.cat([self.local.to_token_mask().expand(len(routed), -1, -1, -1), routed], 1)
+        local = self.local.to_token_mask().expand(len(routed), self.local_heads, -1, -1)
+        return torch.cat([local, routed], 1)
 
 
 class RoutingAttention(nn.Module):
@@ -155,7 +157,8 @@ class RoutingAttention(nn.Module):
             affinity = [self.router.affinity(r) for r in groups]
             assigned = [x.argmax(-1) for x in affinity]
             routed = self._clusters(affinity, assigned, size, there)
-        mask = RoutingMask(local=self._window(q, size, there) if self.local_heads else None, routed=routed)
+        local = self._window(q, size, there) if self.local_heads else None
+        mask = RoutingMask(local=local, local_heads=self.local_heads, routed=routed)
         pairs = list(zip(groups, assigned, strict=True))
         if self.training:
             self.router.observe(pairs, there)

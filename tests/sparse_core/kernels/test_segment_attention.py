@@ -20,7 +20,7 @@ CASES = {  # B, Hq, Hkv, T, D, C, w, options
 
 
 def pick(b, h, c, w, length, generator):
-    """Tokens of each cluster in order of position, some places empty, and all of the first of several clusters."""
+    """Tokens of each cluster in order of position, some places empty, and all of the first of many clusters."""
     index = torch.rand(b, h, c, length, generator=generator).argsort(-1)[..., :w].sort(-1).values
     if w > 3:
         index[..., -1] = -1
