@@ -2,7 +2,8 @@
 
 All keys of a block share a context, and each has noise of its own; together they bury the word's 1/64 in an average of the
 block, while a word that is asked for outweighs them in attention: its logit is 8, that of the rest has a deviation of 0.4.
-(Without the shared context average pooling would find most of them: 1/64 of a word outweighs the noise of a mean.) Every head sees the same content through its own rotation, which a gate has to learn.
+Without the shared context average pooling would find most words, as 1/64 of one outweighs the mean of the noise. Every
+head sees the same content through its own rotation, which a gate has to learn.
 """
 
 from __future__ import annotations
