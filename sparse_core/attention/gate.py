@@ -39,6 +39,8 @@ class BlockGate(nn.Module):
                 "q_heads, kv_heads, head_dim: expected at least 1 each and key-value heads that divide the others, got "
                 f"{q_heads}, {kv_heads}, {head_dim}"
             )
+        if rope is not None and head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number with a rotary embedding, got {head_dim}")
         self.q_heads, self.kv_heads, self.head_dim, self.block = q_heads, kv_heads, head_dim, block
         self.gate_dim, self.q_pool, self.k_pool, self.rope = gate_dim, tuple(q_pool), tuple(k_pool), rope
         self.causal, self.condition = causal, condition

@@ -103,8 +103,10 @@ class SeerAttention(AttentionLayer):
         """What the gate selects; with a gate for decoding everything."""
         config, length = self.config, q.shape[2]
         if not config.q_pool:
-            return BlockMask.from_rule(
-                causal, block_size=config.block, q_len=length, kv_len=length, device=q.device
+            blocks = -(-length // config.block)
+            seen = torch.ones(blocks, blocks, dtype=torch.bool, device=q.device).tril()
+            return BlockMask.from_dense_blocks(
+                seen, full=seen.tril(-1), rule=causal, block_size=config.block, q_len=length, kv_len=length
             )
         rule: Any = {config.selection: config.amount}
         return self.gate.to_mask(self.gate(q, k, condition), length, dense_rows=config.dense_rows, **rule)
@@ -124,7 +126,8 @@ class SeerAttention(AttentionLayer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, condition: Tensor | None = None) -> Tensor:
         """[B, Hq, T, D]."""
-        self._last = (q.detach(), k.detach(), condition) if self.training else None
+        given = None if condition is None else condition.detach()
+        self._last = (q.detach(), k.detach(), given) if self.training else None
         if self.dense:
             return F.scaled_dot_product_attention(
                 *self._rotated(q, k), v, is_causal=self.config.causal, enable_gqa=True
