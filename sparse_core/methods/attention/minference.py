@@ -1,11 +1,10 @@
-# pyright: reportCallIssue=false
 """MInference 1.0 (arXiv 2407.02490): each head prefills with the sparse pattern that an offline search found to suit it.
 
 A head keeps query i's key j if j is not in the future and, by its pattern,
 
-    a_shape (sink, local)            j < sink  or  i - j < local
-    vertical_slash (n_v, n_s)        j in columns  or  the key block of j meets a diagonal i - j in slashes
-    block_sparse (top,)              the block of j is among the `top` of mean(q block) mean(k block)
+    a_shape (sink, local)       j < sink  or  i - j < local
+    vertical_slash (n_v, n_s)   j in columns  or  i - j in slashes
+    block_sparse (top,)         the block of j is among the `top` of mean(q block) mean(k block)
 
 where columns and slashes are the n_v and n_s of largest attention from the last 64 queries of this very prompt; the first
 30 columns and the nearest 100 diagonals come first. The search scales every candidate to equal kernel FLOPs, and takes
@@ -13,8 +12,8 @@ the one whose output is nearest to dense attention. All heads of a plan run as o
 
 Without `causal` (ours) the queries that vote are spread evenly, offsets have a sign, and windows reach both ways.
 
-Fidelity: adapted. Slashes are rounded to a grid of key blocks where the paper's kernel lets blocks begin anywhere, and
-FLOPs here include those of finding the index.
+Fidelity: adapted. Windows, sinks and slashes are rounded up to whole blocks of keys, since whole blocks are what a kernel
+multiplies; these lie on a grid, where the paper's may begin anywhere. FLOPs here include those of finding the index.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from sparse_core.attention.calibrate import check_model, model_hash, read_plan, 
 from sparse_core.attention.column_attention import column_block_attention
 from sparse_core.attention.estimators import MeanPool, vertical_slash_scores
 from sparse_core.attention.layer import AttentionLayer
-from sparse_core.attention.masks import BlockMask, ColumnBlockMask, Rule
+from sparse_core.attention.masks import BlockMask, ColumnBlockMask, causal
 from sparse_core.registry import Method, register
 
 KINDS = {"a_shape": ("sink", "local"), "vertical_slash": ("vertical", "slash"), "block_sparse": ("top",)}
@@ -189,61 +188,48 @@ class _Grid:
 
 def pattern_mask(q: Tensor, k: Tensor, patterns: Sequence[Pattern], config: Config) -> ColumnBlockMask:
     """The mask of all heads of q [B, Hq, T, D] over k [B, Hkv, T, D], each with its pattern."""
-    (b, heads, length, _), device, causal = q.shape, q.device, config.causal
+    (b, heads, length, _), device = q.shape, q.device
     grid = _Grid.make(length, config, device)
     blocks = torch.zeros(b, heads, len(grid.i0), len(grid.j0), dtype=torch.bool, device=device)
-    sinks, locals_ = (torch.full((heads,), length, device=device) for _ in range(2))
     columns = torch.full((b, heads, 0), -1, device=device)
     for pattern in dict.fromkeys(patterns):
         own = [head for head, other in enumerate(patterns) if other == pattern]
         near_q, near_k = q[:, own], k[:, [head // (heads // k.shape[1]) for head in own]]
         if pattern.kind == "a_shape":
-            sinks[own], locals_[own] = pattern.sizes[0], pattern.sizes[1]
             gap = torch.maximum(grid.i0 - grid.j1, grid.j0 - grid.i1).clamp_min(0)
             blocks[:, own] = (gap < pattern.sizes[1]) | (grid.j0 < pattern.sizes[0])
         elif pattern.kind == "block_sparse":
-            blocks[:, own] = _top_blocks(near_q, near_k, pattern.sizes[0], grid, causal)
+            blocks[:, own] = _top_blocks(near_q, near_k, pattern.sizes[0], grid, config.causal)
         else:
+            (n_v, n_s), forced = pattern.sizes, {"sink": config.sink, "local": config.local}
             found, diagonals = vertical_slash_index(
-                near_q, near_k, *pattern.sizes, config.last_q, sink=config.sink, local=config.local, causal=causal
-            )  # fmt: skip
+                near_q, near_k, n_v, n_s, config.last_q, causal=config.causal, **forced
+            )
             blocks[:, own] = grid.meets(diagonals, length)
             spare = found.shape[-1] - columns.shape[-1]
             columns = nn.functional.pad(columns, (0, max(0, spare)), value=-1)
             columns[:, own, : found.shape[-1]] = found
-    return _assemble(blocks, columns, sinks, locals_, grid, length, causal)
+    return _assemble(blocks, columns, grid, length, config.causal)
 
 
-def _top_blocks(q: Tensor, k: Tensor, top: int, grid: _Grid, causal: bool) -> Tensor:
+def _top_blocks(q: Tensor, k: Tensor, top: int, grid: _Grid, is_causal: bool) -> Tensor:
     """bool [B, H, Kq, Kk]: the key blocks of highest mean product, on the grid."""
     block, fine = grid.size
     scores = MeanPool(block).score(q, k)
-    if causal:
+    if is_causal:
         scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
     return select.topk(scores, top).repeat_interleave(block // fine, -1)[..., : len(grid.j0)]
 
 
-def _assemble(
-    blocks: Tensor, columns: Tensor, sinks: Tensor, locals_: Tensor, grid: _Grid, length: int, causal: bool
-) -> ColumnBlockMask:
-    """One mask of all heads; the windows of A-shapes [H] are cut by token, and are as long as the text for other heads."""
-    ends = (grid.j1 < sinks[:, None, None]) | (
-        torch.maximum(grid.i1 - grid.j0, grid.j1 - grid.i0) < locals_[:, None, None]
-    )
-    if causal:
-        blocks, ends = blocks & (grid.j0 <= grid.i1), ends & (grid.j1 <= grid.i0)
-
-    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        near = (j < sinks[h]) | ((i - j).abs() < locals_[h])
-        return near & (i >= j) if causal else near
-
-    token: Rule | None = rule if causal or bool((sinks < length).any()) else None
-    made = BlockMask.from_dense_blocks(
-        blocks, full=ends.expand_as(blocks), rule=token, block_size=grid.size, q_len=length, kv_len=length
-    )
-    rows = (grid.i1, grid.i0) if causal else (torch.full_like(grid.i0, length),) * 2
-    seen = [columns[:, :, None] <= row for row in rows]
-    return ColumnBlockMask.from_columns(made, columns, listed=seen[0], full=seen[1])
+def _assemble(blocks: Tensor, columns: Tensor, grid: _Grid, length: int, is_causal: bool) -> ColumnBlockMask:
+    """One mask of all heads."""
+    sizes = {"block_size": grid.size, "q_len": length, "kv_len": length}
+    if not is_causal:
+        return ColumnBlockMask.from_columns(BlockMask.from_dense_blocks(blocks, **sizes), columns)
+    past, full = grid.j0 <= grid.i1, grid.j1 <= grid.i0
+    made = BlockMask.from_dense_blocks(blocks & past, full=full.expand_as(blocks), rule=causal, **sizes)
+    listed, whole = (columns[:, :, None] <= row for row in (grid.i1, grid.i0))
+    return ColumnBlockMask.from_columns(made, columns, listed=listed, full=whole)
 
 
 def prefill_flops(mask: ColumnBlockMask, patterns: Sequence[Pattern], width: int, config: Config) -> Tensor:
@@ -285,11 +271,13 @@ def search_patterns(
     settings, patterns, scores = config or Config(), [], []
     group = q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
-        own = (q[:, head : head + 1], *(x[:, head // group : head // group + 1] for x in (k, v)))
-        exact = _run(*own, Pattern("a_shape", (q.shape[2], q.shape[2])), settings)
-        fitted = [fit_pattern(*own[:2], pattern, flops_budget, settings) for pattern in candidates]
+        one_q, one_k, one_v = (
+            x[:, h : h + 1] for x, h in ((q, head), (k, head // group), (v, head // group))
+        )
+        exact = _run(one_q, one_k, one_v, Pattern("a_shape", (q.shape[2], q.shape[2])), settings)
+        fitted = [fit_pattern(one_q, one_k, pattern, flops_budget, settings) for pattern in candidates]
         tried = [
-            (_loss(_run(*own, pattern, settings), exact, settings), order, pattern)
+            (_loss(_run(one_q, one_k, one_v, pattern, settings), exact, settings), order, pattern)
             for order, pattern in enumerate(dict.fromkeys(fitted))
             if pattern is not None
         ]
