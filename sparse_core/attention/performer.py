@@ -15,15 +15,17 @@ from torch.nn import functional as F
 from sparse_core import counters
 
 CHUNK = 64  # tokens that a causal sum takes at a time
-EXP_FLOOR, RELU_FLOOR = 1e-4, 1e-3  # added to features, so that no row of weights sums to 0
+EXP_FLOOR, RELU_FLOOR = 1e-6, 1e-3  # added to features, so that no row of weights sums to 0
 
 
 def draw_projection(features: int, width: int, generator: torch.Generator) -> Tensor:
     """Rows w [features, width]: orthogonal within every `width` of them, and as long as normal vectors are."""
-    blocks = [
-        torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.mT
-        for _ in range(-(-features // width))
-    ]
+    blocks = []
+    for _ in range(-(-features // width)):
+        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator))
+        blocks.append(
+            (q * r.diagonal().sign()).mT
+        )  # the signs of a QR are not random, and so no fair rotation
     length = torch.randn(features, width, generator=generator).norm(dim=-1, keepdim=True)
     return torch.cat(blocks)[:features] * length
 
@@ -33,15 +35,16 @@ def relu_features(x: Tensor, projection: Tensor) -> Tensor:
     return F.relu(x * x.shape[-1] ** -0.25 @ projection.mT) + RELU_FLOOR
 
 
-def exp_features(x: Tensor, projection: Tensor, over: tuple[int, ...]) -> Tensor:
+def exp_features(x: Tensor, projection: Tensor, over: tuple[int, ...], there: Tensor | None = None) -> Tensor:
     """Positive features [.., T, m] of x [.., T, D] for the softmax kernel.
 
     over: the axes along which the largest exponent is taken off: the last for queries, the last two for keys, whose
-    features must keep their ratios.
+    features must keep their ratios; there bool [.., T, 1]: tokens whose exponents count for that.
     """
     near = x * x.shape[-1] ** -0.25
     exponent = near @ projection.mT - near.square().sum(-1, keepdim=True) / 2
-    shift = exponent.amax(over, keepdim=True).detach()
+    counted = exponent if there is None else exponent.masked_fill(~there, -torch.inf)
+    shift = counted.amax(over, keepdim=True).detach()
     return ((exponent - shift).exp() + EXP_FLOOR) / math.sqrt(len(projection))
 
 
