@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_core import counters
+from sparse_core.attention.estimators import share_heads
 from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.merge import attend_part, merge_lse
 from sparse_core.registry import Method, register
@@ -36,7 +37,8 @@ Pool = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """segment: tokens per region of `fixed`, about sqrt(T) when None; grid (rows, columns) of `axial`."""
+    """segment: tokens per region of `fixed`, about sqrt(T) when None; strict: refuse a length that segments do not divide
+    instead of leaving the last one ragged; grid (rows, columns) of `axial`."""
 
     variant: str = "fixed"
     segment: int | None = None
@@ -44,6 +46,7 @@ class Config:
     causal: bool = True
     grid: tuple[int, int] | None = None
     log_count_bias: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in ("fixed", "logsparse", "axial"):
@@ -119,6 +122,8 @@ def _fixed(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, P
     length = q.shape[2]
     b = min(length, config.segment or max(1, round(math.sqrt(length))))
     spare = -length % b
+    if spare and config.strict:
+        raise ValueError(f"segment: expected one that divides {length} tokens, got {b}; set strict=False")
     q, k, v = (nn.functional.pad(x, (0, 0, 0, spare)).unflatten(2, (-1, b)) for x in (q, k, v))
     there = (torch.arange(length + spare, device=q.device) < length).view(-1, b)
     segments = len(there)
@@ -207,8 +212,10 @@ class Combiner(AttentionLayer):
         self.pools = nn.ModuleList(DeepSet(width) for _ in range(2)) if learned else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
-        """[B, H, T, D]; every token is attended to, so there is no mask."""
+        """[B, H, T, D] of k, v [B, Hkv, T, D]; every token is attended to, so there is no mask. Shared heads are repeated,
+        since the summary of a region depends on the queries of each head."""
         pools = None if self.pools is None else (self.pools[0], self.pools[1])
+        k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
         return combiner_attention(q, k, v, pools=pools, **vars(self.config))
 
 

@@ -103,6 +103,19 @@ def _shards(config: Config, heads: int, blocks: int, device: torch.device | str)
     return kept & (i >= j) if config.causal else kept
 
 
+def _check_causal(mask: BlockMask) -> None:
+    (bq, bk), device = mask.block_size, mask.kv_num.device
+    first = torch.arange(mask.shape[2], device=device)[:, None] * bq
+    begin = torch.arange(mask.shape[3], device=device) * bk
+    ahead = mask.blocks & (begin > first + bq - 1) | mask.full_blocks & (begin + bk - 1 > first)
+    if ahead.any():
+        i, j = ahead.nonzero()[0, 2:].tolist()
+        raise ValueError(
+            f"mask: expected one that never looks ahead, got keys of block {j} for queries of block {i}; "
+            "make it with causal, or set causal=False"
+        )
+
+
 class ShardedAttention(AttentionLayer):
     """Attention of q [B, Hq, T, D] over k, v [B, Hkv, T, D] under the sharded mask, for training, prefill and decoding."""
 
@@ -125,7 +138,9 @@ class ShardedAttention(AttentionLayer):
         return self._masks[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        """[B, Hq, T, D]."""
+        """[B, Hq, T, D]. ValueError for a mask, made elsewhere, that looks ahead of a causal config."""
+        if self.config.causal and all(mask is not own for own in self._masks.values()):
+            _check_causal(mask)
         return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
 
     def decode(self, q1: Tensor, cache: KVCache) -> Tensor:

@@ -154,6 +154,26 @@ def test_a_learned_pool_starts_as_the_mean_and_learns():
     assert module.pools[1].outer.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_layer_serves_heads_that_share_keys(variant):
+    q, k, v = draw()
+    module = Combiner(Config(**VARIANTS[variant]))
+    exact = combiner_attention(q, *(x[:, :1].expand(-1, 3, -1, -1) for x in (k, v)), **VARIANTS[variant])
+    torch.testing.assert_close(module(q, k[:, :1], v[:, :1]), exact)
+    with pytest.raises(
+        ValueError, match="heads: expected a multiple of the 2 key-value heads, got 3 query heads"
+    ):
+        module(q, k[:, :2], v[:, :2])
+
+
+def test_regions_without_a_token_weigh_nothing():
+    q, k, v = draw(17)  # logsparse fills up to 32: the last regions of every level are empty or ragged
+    for config in ({"variant": "logsparse"}, {"segment": 16}, {"segment": 16, "causal": False}):
+        matrix = effective_attention(q, k, log_count_bias=True, **config)
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, 17))
+        torch.testing.assert_close(matrix @ v, combiner_attention(q, k, v, log_count_bias=True, **config))
+
+
 def test_cost_is_far_below_dense():
     q, k, v = (x[:1, :1] for x in draw(4096))
     with counters.count() as counter:
@@ -186,6 +206,10 @@ def test_parts_merge_to_the_whole():
         (
             {"variant": "axial", "grid": (5, 5)},
             r"grid: expected rows times columns to be 24 tokens, got \(5, 5\)",
+        ),
+        (
+            {"segment": 5, "strict": True},
+            "segment: expected one that divides 24 tokens, got 5; set strict=False",
         ),
         ({"pool": "deepset"}, "pool: expected learned pools for deepset, got none"),
     ],

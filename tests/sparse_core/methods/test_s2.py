@@ -7,6 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.masks import BlockMask, causal
+from sparse_core.attention.merge import merge_lse
+from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.methods.attention.s2 import Config, ShardedAttention, local_stride_mask
 
 CONFIGS = [  # heads, key-value heads, blocks, config
@@ -98,6 +101,45 @@ def test_values_and_gradients_are_those_of_the_masked_definition(length):
     torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-5)
     for ours, theirs in zip(grads, torch.autograd.grad(exact.square().sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_near_and_far_blocks_may_be_attended_to_apart_and_merged():
+    attention = ShardedAttention(Config(block=16, local_blocks=2, stride=4), 4, 2)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 150, 16, generator=generator) for h in (4, 2, 2))
+    mask = attention.mask(q, k, v)
+    apart = torch.arange(10)[:, None] - torch.arange(10)
+    parts = [
+        BlockMask.from_dense_blocks(
+            mask.blocks & side,
+            full=mask.full_blocks & side,
+            rule=causal,
+            block_size=16,
+            q_len=150,
+            kv_len=150,
+        )
+        for side in (apart < 2, apart >= 2)
+    ]
+    merged, _ = merge_lse([block_sparse_attention(q, k, v, part, return_lse=True) for part in parts])
+    torch.testing.assert_close(merged, attention(q, k, v), atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_mask_that_looks_ahead_is_refused_of_a_causal_config(block):
+    sizes = {"block_size": block, "q_len": 100, "kv_len": 100}
+    x = torch.randn(1, 2, 100, 16, generator=torch.Generator().manual_seed(0))
+    n = -(-100 // block)
+    whole = BlockMask.from_dense_blocks(torch.ones(n, n, dtype=torch.bool), **sizes)
+    with pytest.raises(
+        ValueError, match="mask: expected one that never looks ahead, got keys of block 0 for queries of"
+    ):
+        ShardedAttention(Config(), 2).attend(x, x, x, whole)
+    ShardedAttention(Config(causal=False), 2).attend(x, x, x, whole)
+    exact = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    other = BlockMask.from_rule(causal, q_len=100, kv_len=100, block_size=block)
+    torch.testing.assert_close(
+        ShardedAttention(Config(), 2).attend(x, x, x, other), exact, atol=2e-6, rtol=1e-4
+    )
 
 
 def test_decoding_gives_the_rows_of_the_whole_and_forgets_what_it_may():
