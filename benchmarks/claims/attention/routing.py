@@ -13,7 +13,7 @@ from sparse_core.attention.kmeans import routing_vectors
 from sparse_core.attention.masks import ClusterMask
 from sparse_core.methods.attention.routing import RoutingAttention
 
-CLAIM = "Clusters of 6% of the causal pairs hold most of the attention once online k-means has moved the centroids"
+CLAIM = "Clusters of 6% of the causal pairs hold most of the attention once online k-means has moved the centroids."
 THRESHOLD = (
     "attention mass within clusters >= 0.65 and >= 2 x that of random centroids; commitment loss falls by >= 2 x; output "
     "within 2e-5 of dense attention under the same clusters; at most 0.08 of the dense products (pairs of 16 clusters are "

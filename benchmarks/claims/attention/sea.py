@@ -12,7 +12,7 @@ from sparse_core.attention.performer import exp_features, linear_attention
 from sparse_core.distill import full_attention
 from sparse_core.methods.attention.sea import SEAAttention
 
-CLAIM = "After 150 steps of distillation the estimated mask holds most of the teacher's attention in a quarter of the keys"
+CLAIM = "After 150 distillation steps the estimated mask holds most of the teacher's attention in a quarter of the keys."
 THRESHOLD = (
     "mass >= 0.70 with 64 of 256 keys per row (a random mask holds 0.25, the best one 0.98), and more than the map that "
     "the untrained random features stand for; divergence from the teacher's map <= 1.25 on new texts, and less than that "

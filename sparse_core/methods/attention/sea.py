@@ -10,9 +10,9 @@ Training distils: 0.1 KL(A || softmax(up S)) + MSE(softmax(up S), A) + MSE of th
 map A [T, T], so a training step is quadratic. Inference holds nothing larger than [T, H K] and costs O(T (m D + K + k))
 up to T = k K tokens; a head keeps a cell at least on average, so further on rows keep T / K keys: raise K with T.
 
-Fidelity: adapted. A row shorter than K uses as many cells as it has keys, the budget follows L_i row by row, e is D times
-the identity, the gates begin nearly open, and widths of the CNN that the paper leaves open are ours. LoRA and logits of
-the whole model are left to whoever trains the model.
+Fidelity: adapted. The stretched identity is scaled by D, causal rows read it along the keys that they see, a row shorter
+than K uses as many cells as it has keys, the budget follows L_i row by row, the gates begin nearly open, and widths of
+the CNN that the paper leaves open are ours. LoRA and logits of the whole model are left to whoever trains the model.
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ class SEAAttention(nn.Module):
             near = [exp_features(q, projection, (-1,)), exp_features(k, projection, (-2, -1), there)]
         place = self._places(seen).to(v.dtype)[:, None].expand(*v.shape)
         total = linear_attention(near[0], near[1] * there, torch.cat([place, v], -1), causal=causal)
+        if causal:
+            part = relative(total[..., : self.head_dim], seen, self._horizon(seen))
+            total = torch.cat([part, total[..., self.head_dim :]], -1)
         counters.add(multiply_adds=(2 * near[0].numel() + 6 * v.numel()) * self.head_dim)
         return self.encoder(torch.cat([total, v], -1))
 
@@ -213,14 +216,16 @@ class SEAAttention(nn.Module):
         return {"kl": kl.sum() / rows, "mse": mse, "context": wrong.sum() / rows}
 
     def _places(self, seen: Tensor) -> Tensor:
-        """[B or 1, T, D]: the identity [D, D], stretched linearly over the tokens, and D times as high, so that
-        weight spread evenly gives ones beside the values of v: unscaled it is too faint to learn from."""
-        d, last = self.head_dim, seen.amax(-1, keepdim=True)
-        if self.config.positions is not None:
-            last = torch.full_like(last, self.config.positions)
-        token = torch.arange(seen.shape[-1], device=seen.device)
-        place = ((token + 0.5) * d / last - 0.5).clamp(0, d - 1)
+        """[B or 1, T, D]: the identity [D, D], stretched linearly over the tokens, and D times as high, so that even
+        weight gives ones beside the values of v: unscaled it is too faint to learn from."""
+        d, token = self.head_dim, torch.arange(seen.shape[-1], device=seen.device)
+        place = ((token + 0.5) * d / self._horizon(seen) - 0.5).clamp(0, d - 1)
         return d * (1 - (place[..., None] - torch.arange(d, device=seen.device)).abs()).clamp_min(0)
+
+    def _horizon(self, seen: Tensor) -> Tensor:
+        """Tokens [B or 1, 1] that the identity is stretched over."""
+        last = seen.amax(-1, keepdim=True)
+        return last if self.config.positions is None else torch.full_like(last, self.config.positions)
 
     def seen(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Keys that each row may see [B or 1, T], 0 for rows of padding."""
@@ -264,6 +269,19 @@ def stretch(scores: Tensor, seen: Tensor) -> Tensor:
     near = scores.gather(-1, cell.clamp_max(count - 1)[:, None].expand(*scores.shape[:3], -1))
     allowed = (key < seen[..., None])[:, None]
     return near.masked_fill(~allowed, -torch.inf).log_softmax(-1).masked_fill(~allowed, -torch.inf)
+
+
+def relative(place: Tensor, seen: Tensor, horizon: Tensor) -> Tensor:
+    """Weight at places along `horizon` tokens, place [B, H, T, D], as weight along the keys that each row may see.
+
+    Causal rows estimate cells of the keys they see; told of places along the whole text, they would have to learn for
+    each row anew how the one lies in the other. seen [B or 1, T], horizon [B or 1, 1], in tokens.
+    """
+    d, share = place.shape[-1], (seen / horizon)[..., None]
+    at = ((torch.arange(d, device=place.device) + 0.5) * share - 0.5).clamp(0, d - 1)
+    low, share = at.long(), share[:, None].to(place.dtype)
+    low, high, part = (x[:, None].expand(place.shape) for x in (low, (low + 1).clamp_max(d - 1), at - low))
+    return share * torch.lerp(place.gather(-1, low), place.gather(-1, high), part.to(place.dtype))
 
 
 class SEALayer(AttentionLayer):

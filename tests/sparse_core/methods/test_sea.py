@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core import AttentionSlot, counters, registry, sparsify
 from sparse_core.distill import full_attention, load_learned, save_learned
-from sparse_core.methods.attention.sea import Config, SEAAttention, SEALayer, distill, stretch
+from sparse_core.methods.attention.sea import Config, SEAAttention, SEALayer, distill, relative, stretch
 
 
 def draw(length=37, heads=4, kv_heads=None, width=8, batch=2, seed=0):
@@ -366,3 +366,33 @@ def test_tokens_that_do_not_fit_are_refused():
         ValueError, match="model: expected SEA layers, got none; put SEAAttention or SEALayer"
     ):
         distill(torch.nn.Linear(2, 2), [], steps=1)
+
+
+@pytest.mark.parametrize("positions", [None, 700])
+def test_causal_rows_read_places_along_the_keys_they_see(positions):
+    """All weight on the last quarter of what a row sees lies at seven eighths of the channels, for short rows and long."""
+    model, seen = make(1, 32, causal=True, positions=positions), torch.arange(1, 401)[None]
+    key = torch.arange(400)
+    weights = ((key < seen[0, :, None]) & (key >= 0.75 * seen[0, :, None])).float()
+    absolute = weights / weights.sum(-1, keepdim=True) @ model._places(seen)[0]
+    found = relative(absolute[None, None], seen, model._horizon(seen))[0, 0]
+    centre = (found * (torch.arange(32) + 0.5)).sum(-1) / found.sum(-1) / 32
+    assert ((centre[100:] - 7 / 8).abs() < 0.06).all()
+    torch.testing.assert_close(found[100:].mean(-1), torch.ones(300), atol=0.25, rtol=0)
+    whole = absolute[None, None, -1:]
+    end = seen[:, -1:]
+    torch.testing.assert_close(relative(whole, end, end), whole)
+
+
+def test_a_causal_estimator_learns_places():
+    """Every row attends to one place relative to its length."""
+    torch.manual_seed(0)
+    model, (q, k, v) = make(2, 16, 16, 8, causal=True), draw(64, heads=2, width=16)
+    seen, key = torch.arange(1, 65)[:, None], torch.arange(64)
+    teacher = ((key >= seen * 0.25) & (key < seen * 0.5)).float() + 1e-3
+    teacher = (teacher.tril() / teacher.tril().sum(-1, keepdim=True)).expand(2, 2, -1, -1)
+    history = distill(model, [(q, k, v, teacher)] * 40, steps=40, lr=1e-2, warm_up=0)
+    with torch.no_grad():
+        mask = model(q, k, v)[1]["mask"].to_token_mask()
+    assert (teacher * mask)[:, :, 32:].sum(-1).mean() > 0.6
+    assert history[-1] < history[0] / 2
