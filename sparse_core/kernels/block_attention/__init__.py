@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from sparse_core import counters
+from sparse_core.kernels.dispatch import find
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import BlockMask, ClusterMask, TokenCSR
 
-log = logging.getLogger(__name__)
 Implementation = Literal["auto", "reference", "numba", "gather", "triton"]
 IMPLEMENTATIONS = ("reference", "numba", "gather", "triton")
 
@@ -39,14 +36,13 @@ def block_sparse_attention(
     not fit.
     """
     check(q, k, v, mask)
-    chosen = choose(q) if implementation == "auto" else implementation
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
         pairs = int(mask.pairs().expand(q.shape[0], q.shape[1]).sum())
         counters.add(
             products=pairs, multiply_adds=2 * pairs * q.shape[-1], kv_bytes=kv_bytes(k, mask, q.shape[1])
         )
-    out, lse = _attend(chosen)(q, k, v, mask, factor)
+    out, lse = find(__name__, implementation, q.device, IMPLEMENTATIONS)(q, k, v, mask, factor)
     return (out, lse) if return_lse else out
 
 
@@ -85,34 +81,3 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | ClusterMask | Token
         )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-
-
-@cache
-def _installed(name: str) -> bool:
-    return find_spec(name) is not None
-
-
-def choose(q: Tensor) -> str:
-    """The implementation that `auto` takes for this device."""
-    if q.device.type == "cuda":
-        return "triton" if _installed("triton") else "gather"
-    return "numba" if q.device.type == "cpu" and _installed("numba") else "gather"
-
-
-@cache
-def _attend(name: str):
-    """The function `attend` of an implementation, imported when it is first asked for."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
-    if name == "reference":
-        from sparse_core.kernels.block_attention.reference import attend
-    elif name == "gather":
-        from sparse_core.kernels.block_attention.gather import attend
-    elif name == "numba":
-        from sparse_core.kernels.block_attention.numba import attend
-    else:
-        from sparse_core.kernels.block_attention.triton import attend
-    log.info("block_sparse_attention runs as %s", name)
-    return attend

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from sparse_core import counters
 from sparse_core.kernels.block_attention import check
+from sparse_core.kernels.dispatch import find
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import TokenCSR
 
-log = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("reference", "numba", "gather")
 
 
@@ -38,33 +35,10 @@ def csr_attention(
     (CPU), `gather` (plain torch, any device), or `auto`. Raises ValueError, in one sentence, for what does not fit.
     """
     check(q, k, v, mask)
-    chosen = choose(q) if implementation == "auto" else implementation
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
         pairs = int(mask.pairs().expand(q.shape[0], q.shape[1]).sum())
         work = pairs * q.shape[-1]
         counters.add(products=pairs, multiply_adds=2 * work, kv_bytes=2 * work * k.element_size())
-    out, lse = _attend(chosen)(q, k, v, mask, factor)
+    out, lse = find(__name__, implementation, q.device, IMPLEMENTATIONS)(q, k, v, mask, factor)
     return (out, lse) if return_lse else out
-
-
-def choose(q: Tensor) -> str:
-    """The implementation that `auto` takes for this device."""
-    return "numba" if q.device.type == "cpu" and find_spec("numba") else "gather"
-
-
-@cache
-def _attend(name: str):
-    """The function `attend` of an implementation, imported when it is first asked for."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
-    if name == "numba":
-        from sparse_core.kernels.csr_attention.numba import attend
-    elif name == "gather":
-        from sparse_core.kernels.csr_attention.gather import attend
-    else:
-        from sparse_core.kernels.csr_attention.reference import attend
-    log.info("csr_attention runs as %s", name)
-    return attend

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache as remember
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from torch import Tensor
 
 from sparse_core import counters
+from sparse_core.kernels.dispatch import find
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import IndexMask, SpanPlan
@@ -62,9 +61,7 @@ def decode_attention(
             multiply_adds=2 * kept * k.shape[-1],
             kv_bytes=2 * kept * k.shape[-1] * k.element_size(),
         )
-    out, lse = _attend(_choose(q1) if implementation == "auto" else implementation)(
-        q1[:, :, 0], k, v, index, factor
-    )
+    out, lse = find(__name__, implementation, q1.device, IMPLEMENTATIONS)(q1[:, :, 0], k, v, index, factor)
     return (out[:, :, None], lse[:, :, None]) if return_lse else out[:, :, None]
 
 
@@ -95,23 +92,3 @@ def _check(q: Tensor, shape: tuple[int, ...], selection: IndexMask | SpanPlan) -
         )
     index = index[:, :, 0].expand(b, -1, -1)
     return index.repeat_interleave(hq // index.shape[1], 1) if index.shape[1] != hq else index
-
-
-def _choose(q: Tensor) -> str:
-    return "numba" if q.device.type == "cpu" and find_spec("numba") else "gather"
-
-
-@remember
-def _attend(name: str):
-    """The function `attend` of an implementation, imported when it is first asked for."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
-    if name == "numba":
-        from sparse_core.kernels.gather_decode.numba import attend
-    elif name == "gather":
-        from sparse_core.kernels.gather_decode.gather import attend
-    else:
-        from sparse_core.kernels.gather_decode.reference import attend
-    return attend

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache as remember
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparse_core.kernels.dispatch import find
 from sparse_core.kernels.label_scores.packing import dequantise, quantise
 
 __all__ = ["IMPLEMENTATIONS", "dequantise", "label_scores", "quantise"]
@@ -30,22 +29,4 @@ def label_scores(
         raise ValueError(
             f"packed: expected [{b}, H, T, {4 + (r + 1) // 2}] of which H divides {hq}, got {list(packed.shape)}"
         )
-    return _score(_choose(q) if implementation == "auto" else implementation)(q.float(), packed)
-
-
-def _choose(q: Tensor) -> str:
-    return "numba" if q.device.type == "cpu" and find_spec("numba") else "reference"
-
-
-@remember
-def _score(name: str):
-    """The function `score` of an implementation, imported when it is first asked for."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
-    if name == "numba":
-        from sparse_core.kernels.label_scores.numba import score
-    else:
-        from sparse_core.kernels.label_scores.reference import score
-    return score
+    return find(__name__, implementation, q.device, IMPLEMENTATIONS, "score")(q.float(), packed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from sparse_core import counters
 from sparse_core.kernels.block_attention import check
+from sparse_core.kernels.dispatch import find
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import ClusterMask
@@ -43,18 +43,4 @@ def segment_attention(
             multiply_adds=2 * pairs * q.shape[-1],
             kv_bytes=2 * keys * k.shape[-1] * k.element_size(),
         )
-    return _attend("gather" if implementation == "auto" else implementation)(q, k, v, mask, factor)
-
-
-@cache
-def _attend(name: str):
-    """The function `attend` of an implementation, imported when it is first asked for."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
-        )
-    if name == "gather":
-        from sparse_core.kernels.segment_attention.gather import attend
-    else:
-        from sparse_core.kernels.segment_attention.reference import attend
-    return attend
+    return find(__name__, implementation, q.device, IMPLEMENTATIONS)(q, k, v, mask, factor)
