@@ -228,7 +228,12 @@ class BlockMask:
             b, h, row, column = (index[:, None, None] for index in places[part].unbind(1))
             query, key = row * bq + i, column * bk + j
             inside = (query < self.q_len) & (key < self.kv_len)
-            found[part] = inside if self.rule is None else inside & self.rule(b, h, query, key)
+            if (
+                self.rule is not None
+            ):  # which may look into a table, and so is never asked about tokens that are not there
+                query, key = query.clamp_max(self.q_len - 1), key.clamp_max(self.kv_len - 1)
+                inside = inside & self.rule(b, h, query, key)
+            found[part] = inside
         if not len(places):
             return found, torch.zeros(0, dtype=torch.long, device=device)
         unique, which = found.flatten(1).to(torch.uint8).unique(dim=0, return_inverse=True)
@@ -289,8 +294,13 @@ class BlockMask:
         """The mask as a `torch.nn.attention.flex_attention.BlockMask`."""
         from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
+        # Torch takes the length of the lists for the number of key blocks.
+        lists = [
+            torch.nn.functional.pad(x, (0, self.shape[3] - x.shape[-1]))
+            for x in (self.kv_idx, self.full_kv_idx)
+        ]
         return TorchBlockMask.from_kv_blocks(
-            self.kv_num, self.kv_idx, self.full_kv_num, self.full_kv_idx, BLOCK_SIZE=self.block_size,
+            self.kv_num, lists[0], self.full_kv_num, lists[1], BLOCK_SIZE=self.block_size,
             mask_mod=self.to_rule(), seq_lengths=(self.q_len, self.kv_len),
         )  # fmt: skip
 

@@ -232,3 +232,9 @@ def test_masks_of_other_lengths_do_not_combine():
     other = BlockMask.from_rule(causal, q_len=51, kv_len=37, block_size=(16, 8))
     with pytest.raises(ValueError, match="masks: expected equal block size and lengths"):
         BlockMask.from_rule(causal, **LENGTHS) | other
+
+
+def test_a_rule_may_look_into_a_table():
+    keep = torch.rand(37, 50, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask = BlockMask.from_rule(lambda b, h, i, j: keep[i, j], q_len=37, kv_len=50, block_size=16)
+    assert torch.equal(mask.to_token_mask()[0, 0], keep)
