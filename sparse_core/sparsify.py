@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_core.attention.attend import FixedMask, Mask
 from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.slot import AttentionSlot
 from sparse_core.registry import Method, get_method
@@ -55,28 +56,31 @@ def sum_losses(layers: Iterator[AttentionLayer] | list[AttentionLayer]) -> Tenso
     return sum(losses[1:], losses[0]) if losses else None
 
 
-def sparsify(module: nn.Module, method: str, include: str = "", **config: Any) -> Sparsified:
-    """Put `method` (`attention/minference`, or a mask rule's name) into every self-attention of `module`.
+def sparsify(module: nn.Module, method: str | Mask, include: str = "", **config: Any) -> Sparsified:
+    """Put `method`, a name such as `attention/minference` or one mask, into every self-attention of `module`.
 
     Found are `AttentionSlot`s, `torch.nn.MultiheadAttention` and diffusers' `Attention`; of these, the ones in whose
     name the regular expression `include` is found. config: keyword arguments of the method's config. Cross-attention,
     and calls with a mask or padding of their own, stay dense. Raises ValueError for an unknown method, an option it does
     not have, a method that only decodes, and where nothing is found.
     """
-    chosen = get_method(method)
+    chosen = get_method(method) if isinstance(method, str) else method
     places = {name: place for name, place in _find(module) if re.search(include, name)}
     if not places:
         raise ValueError(
             f"include: expected a pattern found in the name of an attention, got {include!r} among "
             f"{', '.join(name for name, _ in _find(module)) or 'none'}"
         )
-    done = Sparsified(method, {})
+    done = Sparsified(method if isinstance(method, str) else type(method).__name__, {})
     try:
         for name, place in places.items():
             slot, undo = _open(place)
             done._undo.append(undo)
             done.slots[name] = slot
-            slot.fill(make_layer(chosen, slot.heads, slot.kv_heads, slot.width, **config))
+            if isinstance(chosen, Method):
+                slot.fill(make_layer(chosen, slot.heads, slot.kv_heads, slot.width, **config))
+            else:
+                slot.fill(FixedMask(chosen))
     except Exception:
         done.detach()
         raise

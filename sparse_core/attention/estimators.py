@@ -50,7 +50,7 @@ class MeanPool:
         """[B, Hq, Kq, Kk]."""
         rows, columns = pool_blocks(q, self.block[0]), share_heads(pool_blocks(k, self.block[1]), q.shape[1])
         scores = rows @ columns.mT * q.shape[-1] ** -0.5
-        counters.add(products=scores.numel())
+        counters.add(products=scores.numel(), multiply_adds=scores.numel() * q.shape[-1])
         return scores
 
 

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sparse_core.attention.masks import BlockMask
+from sparse_core.attention.masks import BlockMask, ColumnBlockMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,14 @@ class Layout3D:
         if x.shape[-2] != self.tokens:
             raise ValueError(f"tokens: expected {self.tokens} for {self}, got {x.shape[-2]}")
 
-    def keep_sink(self, mask: BlockMask) -> BlockMask:
+    def keep_sink(self, mask: BlockMask | ColumnBlockMask) -> BlockMask | ColumnBlockMask:
         """The mask, in tiles, with the sink seen by every token and seeing every token."""
         if not self.sink:
             return mask
+        if isinstance(mask, ColumnBlockMask):
+            blocks = self.keep_sink(mask.blocks)
+            assert isinstance(blocks, BlockMask)
+            return ColumnBlockMask.from_columns(blocks, mask.columns, listed=mask.listed, full=mask.full)
         (bq, bk), cells = mask.block_size, self.tokens - self.sink
         if (mask.q_len, mask.kv_len) != (self.tokens, self.tokens):
             raise ValueError(f"mask: expected one of {self.tokens} tokens, got {mask.q_len} x {mask.kv_len}")

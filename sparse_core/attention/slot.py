@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_core.attention.layer import AttentionLayer, DenseAttention
 from sparse_core.attention.layout import Layout3D
-from sparse_core.attention.masks import BlockMask
+from sparse_core.attention.masks import BlockMask, ColumnBlockMask
 
 
 @dataclass
@@ -95,7 +95,7 @@ class AttentionSlot(nn.Module):
             if shared.step - made < shared.every:
                 return mask
         mask = self.layer.mask(q, k, v)
-        if layout is not None and isinstance(mask, BlockMask):
+        if layout is not None and isinstance(mask, (BlockMask, ColumnBlockMask)):
             mask = layout.keep_sink(mask)
         if shared is not None:
             shared.kept[key] = (shared.step, mask)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_core.attention.masks.block import BlockMask
+from sparse_core.attention.masks.index import IndexMask
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +77,23 @@ class TokenCSR:
         crow = _offsets(mask.sum(-1).flatten())
         col = mask.nonzero()[:, 3]
         return cls(crow=crow, col=col, q_len=q_len, kv_len=kv_len, batch=batch, heads=heads)
+
+    @classmethod
+    def from_index(cls, mask: IndexMask) -> TokenCSR:
+        """The keys that a list per query names; one that is named twice counts once."""
+        batch, heads, q_len, count = mask.index.shape
+        rows = torch.arange(batch * heads * q_len, device=mask.index.device)[:, None].expand(-1, count)
+        index = mask.index.reshape(-1, count)
+        codes = (rows * mask.kv_len + index)[index >= 0].unique()  # in ascending order
+        counts = torch.bincount(codes // mask.kv_len, minlength=len(rows))
+        return cls(
+            crow=_offsets(counts),
+            col=codes % mask.kv_len,
+            q_len=q_len,
+            kv_len=mask.kv_len,
+            batch=batch,
+            heads=heads,
+        )
 
     @classmethod
     def from_cells(cls, cells: Tensor, lengths: Tensor, kv_len: int) -> TokenCSR:

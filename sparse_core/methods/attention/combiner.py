@@ -118,6 +118,11 @@ def _bias(config: Config, there: Tensor) -> Tensor:
     return bias.masked_fill(count == 0, -torch.inf)
 
 
+def _count(products: int, width: int) -> None:
+    """Every product has its share in a sum of values."""
+    counters.add(products=products, multiply_adds=2 * products * width)
+
+
 def _fixed(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, Pool]) -> Tensor:
     length = q.shape[2]
     b = min(length, config.segment or max(1, round(math.sqrt(length))))
@@ -134,7 +139,7 @@ def _fixed(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, P
     seen = other < own if config.causal else other != own
     far = (q.flatten(2, 3) @ kbar.mT + _bias(config, there)).unflatten(2, (-1, b))
     regions = attend_part(far.masked_fill(~seen[:, None], -torch.inf), vbar[:, :, None])
-    counters.add(products=q.shape[0] * q.shape[1] * (length + spare) * (b + segments))
+    _count(q.shape[0] * q.shape[1] * (length + spare) * (b + segments), q.shape[-1])
     return merge_lse([direct, regions])[0].flatten(2, 3)[:, :, :length]
 
 
@@ -156,7 +161,7 @@ def _logsparse(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Poo
         score = (q * kbar[:, :, region.clamp_min(0)]).sum(-1) + _bias(config, there)[region.clamp_min(0)]
         scores.append(score.masked_fill(~used, -torch.inf))
         values.append(vbar[:, :, region.clamp_min(0)])
-    counters.add(products=q.shape[0] * q.shape[1] * (length * (levels + 1) + full * levels))
+    _count(q.shape[0] * q.shape[1] * (length * (levels + 1) + full * levels), q.shape[-1])
     weights = torch.stack(scores, -1).softmax(-1)
     return (weights[..., None, :] @ torch.stack(values, -2))[..., 0, :]
 
@@ -181,7 +186,7 @@ def _axial(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, P
         kbar, vbar = _summaries(near[0], near[1], near[2], there, pools)  # [B, H, columns, rows, D]
         score = q @ kbar.transpose(2, 3).mT + _bias(config, there)[:, None, None]
         parts.append(attend_part(score.masked_fill(~other, -torch.inf), vbar.transpose(2, 3)))
-    counters.add(products=q.shape[0] * q.shape[1] * rows * columns * (2 * columns + 2 * rows))
+    _count(q.shape[0] * q.shape[1] * rows * columns * (2 * columns + 2 * rows), q.shape[-1])
     return merge_lse(parts)[0].flatten(2, 3)
 
 

@@ -124,7 +124,8 @@ def search(config: Config, q: Tensor, at: Tensor, ends: Tensor, length: int, rea
         rep = begin + (end - begin) // 2 if config.rep == "mid" else begin
         asked = open_.repeat_interleave(2, -1).gather(-1, places) & (end > begin)
         found = _score(config, q, at, rep.clamp_max(-(-length // bk) - 1), length, read)
-        counters.add(products=int(asked.sum()) * bk * q.shape[-2])
+        products_asked = int(asked.sum()) * bk * q.shape[-2]
+        counters.add(products=products_asked, multiply_adds=products_asked * q.shape[-1])
         scores = scores.scatter(-1, places, found).masked_fill(high <= low, -torch.inf)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m].sort(dim=-1).values
         low, high, scores = (x.gather(-1, best) for x in (low, high, scores))
