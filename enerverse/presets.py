@@ -45,8 +45,11 @@ class UNetConfig:
     dense_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.attention != "dense":
-            get_method(method_name(self.attention))
+        if self.attention != "dense" and get_method(method_name(self.attention)).layer is None:
+            raise ValueError(
+                f"{method_name(self.attention)}: expected a method for whole sequences, got one that serves one new token "
+                "after another; `enerverse sparse list` says which are for prefill"
+            )
         if self.mask_steps < 1 or self.dense_steps < 0:
             raise ValueError(
                 f"mask_steps and dense_steps: expected at least 1 and 0, got {self.mask_steps} and {self.dense_steps}"
@@ -118,21 +121,34 @@ class Preset:
 
 # Options with which a method suits the 48 tokens of three 4 x 4 views; the papers' are for thousands.
 TINY_ATTENTION: dict[str, dict[str, Any]] = {
+    "attention/combiner": {"segment": 16},
+    "attention/hip": {"budget": 24, "block_q": 4, "block_k": 2, "window": 0, "sink": 0},
+    "attention/minference": {"block": 4, "slash_block": 4, "share": 0.5},
+    "attention/moa": {"block": 4, "sink": 4, "density": 0.5},
+    "attention/routing": {"num_clusters": 3, "window": 16, "local_window": 16},
     "attention/s2": {"block": 16, "local_blocks": 1, "stride": 3},
-    "attention/hip": {"budget": 16, "block_q": 8, "block_k": 2, "window": 8, "sink": 0},
+    "attention/sea": {"pred_len": 16, "k": 16},
+    "attention/seer": {"block": 4, "gate_dim": 16, "selection": "ratio", "amount": 0.5},
 }
+
+
+def with_attention(preset: Preset, attention: str, **options: Any) -> Preset:
+    """The preset with `attention`, `dense` or a method of `sparse_core`, over views and places; `options` are for the
+    method's config. Raises ValueError naming the closest method where there is none."""
+    usual = TINY_ATTENTION.get(method_name(attention), {}) if preset.name == "tiny" else {}
+    unet = replace(
+        preset.unet, attention=attention, attention_options=usual | options, attention_places=r"\.views\."
+    )
+    return replace(preset, unet=unet)
 
 
 def tiny(attention: str = "dense", **options: Any) -> Preset:
     """64 px, three views, 8 x 8 latents, chunk 8, memory 4: everything trains on a CPU in a few hours.
 
-    attention: `dense`, or a method of `sparse_core` for the attention over views and places, with `options` for its
-    config. Raises ValueError naming the closest method where there is none.
+    attention and options: see `with_attention`.
     """
-    chosen = TINY_ATTENTION.get(method_name(attention), {}) | options
-    return Preset(
+    preset = Preset(
         name="tiny",
-        unet=UNetConfig(attention=attention, attention_options=chosen, attention_places=r"\.views\."),
         train_autoencoder=TrainConfig(steps=1500, batch=32, rate=2e-3, average=0.99),
         # The cue of a memory task tells its colour once, long ago, and only a few windows need it: draw those often.
         clips=ClipConfig(mix=(0.15, 0.75, 0.05, 0.05), onset=0.65, emphasis={"reach": 4.0}),
@@ -140,6 +156,7 @@ def tiny(attention: str = "dense", **options: Any) -> Preset:
         train_world=TrainConfig(steps=10_000, batch=8, rate=1e-3, average=0.998, save_every=250),
         train_policy=TrainConfig(steps=4000, batch=64, rate=1e-3, average=0.998, log_every=50),
     )
+    return preset if attention == "dense" else with_attention(preset, attention, **options)
 
 
 def small() -> Preset:

@@ -20,6 +20,7 @@ try:
     from enerverse.cli.info import Info
     from enerverse.cli.record import Record
     from enerverse.cli.rollout import Rollout
+    from enerverse.cli.sparse import Sparse
     from enerverse.cli.train import Train
 except KeyboardInterrupt:  # the program has not begun, so that nothing else would turn Ctrl-C into a line
     print("enerverse: stopped; nothing was written", file=sys.stderr)
@@ -30,6 +31,7 @@ VERBS: dict[str, Any] = {
     "train": Train,
     "imagine": Imagine,
     "rollout": Rollout,
+    "sparse": Sparse,
     "demo": Demo,
     "info": Info,
 }

@@ -52,6 +52,8 @@ class Train:
     """cpu or cuda; when not given, the GPU if there is one."""
     autoencoder: Path | None = None
     """For the stage world: a trained autoencoder; when not given, the one in the run folder."""
+    attention: str | None = None
+    """For the stage world: a method over views and places, such as s2 (`enerverse sparse list`); when not given, dense."""
     world: Path | None = None
     """For the stage policy: a trained world model; when not given, the one in the run folder."""
 
@@ -69,13 +71,15 @@ class Train:
     def settings(self) -> Preset:
         """The preset with the flags worked in. Raises ValueError for an unknown preset or stage."""
         from enerverse.config import unknown
-        from enerverse.presets import get_preset
+        from enerverse.presets import get_preset, with_attention
 
         if self.stage not in STAGES:
             raise unknown("stage", self.stage, STAGES)
         if self.seed is not None:
             check_seed(self.seed)
         preset = get_preset(self.preset)
+        if self.attention is not None:
+            preset = with_attention(preset, self.attention)
         given = {name: getattr(self, name) for name in ("steps", "batch", "seed")}
         changed = {name: value for name, value in given.items() if value is not None}
         section = f"train_{self.stage}"

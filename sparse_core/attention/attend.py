@@ -15,8 +15,10 @@ Mask = BlockMask | ColumnBlockMask | TokenCSR | IndexMask | SpanPlan | ClusterMa
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention [B, Hq, Tq, D] of q over k, v [B, Hkv, Tk, D] under `mask`, with gradients. Raises TypeError for what is no
-    mask, ValueError for one that does not fit."""
+    """Attention [B, Hq, Tq, D] of q over k, v [B, Hkv, Tk, D] under `mask`, with gradients.
+
+    Raises TypeError for what is no mask, ValueError for one that does not fit.
+    """
     if isinstance(mask, SpanPlan):
         mask = mask.for_heads(q.shape[1]).to_block_mask(q.shape[2], k.shape[2])
     if isinstance(mask, IndexMask):

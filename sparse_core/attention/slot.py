@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_core.attention.layer import AttentionLayer, DenseAttention
@@ -81,9 +82,10 @@ class AttentionSlot(nn.Module):
         tiles = layout.fit(self.block) if layout is not None and self.block > 1 else layout
         if tiles is not None:
             q, k, v = (tiles.to_tiles(x) for x in (q, k, v))
-        mask = self._mask(q, k, v, tiles, shared)
+        with torch.autocast(q.device.type, enabled=False):  # methods choose and normalise in float32
+            mask = self._mask(q, k, v, tiles, shared)
+            out = self.layer.attend(q, k, v, mask)
         self.calls, self.last = self.calls + 1, (tuple(q.shape), mask)
-        out = self.layer.attend(q, k, v, mask)
         return out if tiles is None else tiles.from_tiles(out)
 
     def _mask(

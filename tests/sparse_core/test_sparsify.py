@@ -180,3 +180,15 @@ def test_the_sink_is_kept_by_every_token():
     assert seen[:, 128:].all()
     assert seen[128:].all()
     assert seen[:16, 16:112].sum() == 0
+
+
+@pytest.mark.parametrize("method", ["attention/hip", "attention/combiner", "attention/moa"])
+def test_mixed_precision_chooses_as_plain_half_precision_does(method):
+    slot = AttentionSlot(2, 8)
+    q, k, v = (
+        torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)
+    )
+    sparsify(slot, method)
+    plain = slot(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(slot(q, k, v), plain)

@@ -143,7 +143,9 @@ def _halves(chosen: Tensor) -> Tensor:
 def _score(config: Config, q: Tensor, at: Tensor, rep: Tensor, length: int, read: Read) -> Tensor:
     """max over (row, key) of q k for one key block per candidate [B, H, n, C], without keys that a row may not see."""
     places = rep[..., None] * config.block_k + torch.arange(config.block_k, device=q.device)
-    products = q.float() @ read(places.flatten(-2).clamp_max(length - 1)).float().mT
+    products = (
+        q.float() @ read(places.flatten(-2).clamp_max(length - 1)).float().mT
+    ).float()  # even under autocast
     places = places.flatten(-2)[..., None, :]
     seen = (places < length) & (at >= 0)[..., None]
     if config.causal:

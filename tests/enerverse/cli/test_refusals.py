@@ -62,6 +62,10 @@ def refused(said, sentence):
         (["record", "--task", "Push", "--out", "DATA"], "task: expected Lift as in the dataset in"),
         (["record", "--task", "Lift", "--out", "DATA", "--noise", "0"], "noise: expected 1.0 as in the dataset"),
         (["train", "world", "--data", "DATA", "--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["sparse", "claim", "attention/hipp"], "unknown method 'attention/hipp': did you mean 'attention/hip'?"),
+        (["sparse", "claim"], "name: expected a method to claim for, got none; take one of attention/combiner"),
+        (["train", "world", "--data", "DATA", "--attention", "s3"], "unknown method 'attention/s3'"),
+        (["train", "world", "--data", "DATA", "--attention", "tidal"], "attention/tidal: expected a method for whole"),
         (["info", "--checkpoint", "nowhere"], "nowhere: expected a trained world model or policy, found none"),
     ],
 )  # fmt: skip

@@ -156,7 +156,8 @@ def test_every_flag_is_explained(verb, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for name in VERBS[verb].__dataclass_fields__:
-        assert name == "stage" or f"--{name.replace('_', '-')}" in text
+        positional = name in ("stage", "action") or (verb, name) == ("sparse", "name")
+        assert positional or f"--{name.replace('_', '-')}" in text
 
 
 def test_help_loads_nothing_heavy():
@@ -173,3 +174,38 @@ def test_no_words_show_the_verbs(capsys):
         main([])
     assert stop.value.code == 0
     assert "imagine" in capsys.readouterr().out
+
+
+def test_methods_are_listed(call):
+    said = call("sparse", "list")
+    assert said.code == 0
+    assert said.out.count("attention/") == 10
+    assert "attention/tidal            2410.05076  decode" in said.out
+
+
+def test_a_claim_is_measured(capfd):
+    with pytest.raises(SystemExit) as left:
+        main(["sparse", "claim", "attention/hip", "--seeds", "1"])
+    assert left.value.code == 0
+    assert '"name": "attention/hip"' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["s2", "hip", "routing", "sea"])
+def test_a_world_model_trains_with_a_sparse_attention(trained, data, call, tmp_path, method):
+    words = (
+        "train",
+        "world",
+        "--data",
+        data,
+        "--out",
+        tmp_path,
+        "--autoencoder",
+        trained / "autoencoder" / "autoencoder",
+    )
+    said = call(*words, "--attention", method, *STEPS)
+    assert said.code == 0, said.err
+    pipe = EnerVersePipeline.from_pretrained(tmp_path / "world" / "pipeline")
+    places = [part for name, part in pipe.unet.named_modules() if name.endswith(".views.slot")]
+    assert places
+    assert all(part.filled for part in places)
+    assert pipe.unet.config.attention == method
