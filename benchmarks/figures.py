@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.results_io import RESULTS, read_results
+from benchmarks.results_io import RESULTS, Result, read_results
 from enerverse.charts import Bar, svg_bars
 from enerverse.files import atomic_write
 
@@ -122,11 +122,46 @@ def cost_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
     return "\n".join([head, "|---|---|---|---|---|---|", *rows]), {}
 
 
+def sparse_world_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table of what sparse attention costs and saves."""
+    rows, bars = [], []
+    for name, row in values.items():
+        low, high = row["against_dense_interval"]
+        rows.append(
+            f"| {name} | {row['attention']:.2f} | {row['time']:.2f} | {row['psnr_moving']:.2f} | "
+            f"{row['against_dense']:+.2f} [{low:+.2f}, {high:+.2f}] | {row['over_copying']:+.2f} |"
+        )
+        bars.append(Bar(name, row["against_dense"], low, high, "control" if "control" in name else "method"))
+    head = (
+        "| attention over views and places | multiply-adds of all attention | time | PSNR, moving | against dense | over "
+        "copying |"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows]), {
+        "sparse_world": svg_bars(bars[1:], "PSNR on moving pixels against dense attention, dB")
+    }
+
+
+def claims_section(results: dict[str, Result]) -> str:
+    """Table of the papers' claims, each from a file of its own."""
+    rows = []
+    for case, result in sorted(results.items()):
+        row, digits = result.values, "{:.3f}".format
+        oracle = "-" if row["oracle"] is None else digits(row["oracle"])
+        held = sum(trial["passed"] for trial in row["trials"])
+        rows.append(
+            f"| {case.removeprefix('claims/')} | {row['claim']} | {digits(row['value'])} | {digits(row['control'])} | "
+            f"{oracle} | {held} of {row['seeds']} |"
+        )
+    head = "| method | what must be seen | value | control | oracle | seeds that hold |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, dict[str, str]]]]] = {
     "imagination": ("Imagination on held-out episodes", imagination_section),
     "policies": ("Policy success in MuJoCo", policies_section),
     "memory_recall": ("Cue recall after 64 hidden frames", memory_section),
     "memory_cost": ("Cost of a long rollout", cost_section),
+    "sparse_world": ("Sparse attention in the world model, put in without training", sparse_world_section),
 }
 
 
@@ -145,6 +180,10 @@ def render() -> tuple[str, dict[str, str]]:
             f"Measured on {result.device} in {result.seconds:.0f} s (`{case}.json`, commit {result.commit})."
         )
         parts.append("\n\n".join(part for part in (f"### {title}", pictures, text, origin) if part))
+    claims = {case: result for case, result in results.items() if case.startswith("claims/")}
+    if claims:
+        origin = "Measured by `python -m benchmarks.claims all`; thresholds and every seed are in `claims/*/*.json`."
+        parts.append("\n\n".join(("### Claims of the papers", claims_section(claims), origin)))
     return "\n\n".join(parts), figures
 
 
