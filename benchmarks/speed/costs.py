@@ -19,11 +19,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.results_io import write_result
 from benchmarks.speed.attention import Attention, draw, random_blocks
 from benchmarks.speed.timing import take_turns
-from sparse_core import block_sparse_attention, get_method, list_methods
+from sparse_core import BlockMask, block_sparse_attention, get_method, list_methods
 from sparse_core.sparsify import make_layer
 
 Part = Literal["all", "memory", "first_call", "mask_memory"]
@@ -71,19 +73,16 @@ def measure_memory(what: str) -> dict[str, float]:
     inputs = draw(settings, 8192, torch.float32)
     mask = random_blocks(settings, 8192, 0.1, False)
 
-    def attend(q, k, v):
-        return (
-            torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            if what == "dense"
-            else block_sparse_attention(q, k, v, mask)
-        )
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+        if what == "dense":
+            return F.scaled_dot_product_attention(q, k, v)
+        return block_sparse_attention(q, k, v, blocks)  # type: ignore[return-value]
 
     warm = [x[:, :, :128].clone().requires_grad_() for x in inputs[:3]]
-    small = random_blocks(settings, 128, 1.0, False)
-    (block_sparse_attention(*warm, small) if what == "ours" else attend(*warm)).sum().backward()
+    attend(warm[0], warm[1], warm[2], random_blocks(settings, 128, 1.0, False)).sum().backward()
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     before = resident()
-    attend(q, k, v).backward(inputs[3])
+    attend(q, k, v, mask).backward(inputs[3])
     return {"mib": (resident() - before) / MEBIBYTE}
 
 
@@ -93,7 +92,7 @@ def measure_first_call(what: str) -> dict[str, float]:
     inputs = [x.requires_grad_() for x in draw(settings, 256, torch.float32)[:3]]
     mask = random_blocks(settings, 256, 0.5, False)
     began = time.perf_counter()
-    block_sparse_attention(*inputs, mask).sum().backward()  # type: ignore[union-attr]
+    block_sparse_attention(inputs[0], inputs[1], inputs[2], mask).sum().backward()  # type: ignore[union-attr]
     return {"seconds": time.perf_counter() - began}
 
 
@@ -130,11 +129,11 @@ def half_precision(length: int = 4096) -> dict[str, dict[str, float]]:
     return found
 
 
-def _forward(inputs, mask) -> Callable[[], object]:
-    return lambda: block_sparse_attention(*inputs[:3], mask)
+def _forward(inputs: list[Tensor], mask: BlockMask) -> Callable[[], object]:
+    return lambda: block_sparse_attention(inputs[0], inputs[1], inputs[2], mask)
 
 
-def _training(inputs, mask) -> Callable[[], object]:
+def _training(inputs: list[Tensor], mask: BlockMask) -> Callable[[], object]:
     def train() -> None:
         q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
         block_sparse_attention(q, k, v, mask).backward(inputs[3])  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from sparse_core.kernels.arrays import flat_rows
 from sparse_core.kernels.simd import (
     COLUMNS,
     ROWS,
@@ -331,19 +332,19 @@ class _Prepared:
     sizes: tuple[int, ...]
 
 
-def _flat(x: Tensor) -> np.ndarray:
-    """[.., D] as flat float32 whose rows are padded to a multiple of `WIDTH`."""
-    x = torch.nn.functional.pad(x.detach().float(), (0, -x.shape[-1] % WIDTH))
-    return x.contiguous().view(-1).numpy()
-
-
 def _prepare(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> _Prepared:
     _, hq, tq, d = q.shape
     offsets, columns, pattern = (part.numpy() for part in mask.rows)
     tiles = mask.tiles[0].contiguous().view(-1).numpy()
     tiles = tiles if len(tiles) else np.zeros(1, np.bool_)
     sizes = (hq, k.shape[1], tq, k.shape[2], d + -d % WIDTH, *mask.block_size, *mask.shape[:2])
-    return _Prepared(q=_flat(q), k=_flat(k), v=_flat(v), rows=(offsets, columns, pattern, tiles), sizes=sizes)
+    return _Prepared(
+        q=flat_rows(q, WIDTH),
+        k=flat_rows(k, WIDTH),
+        v=flat_rows(v, WIDTH),
+        rows=(offsets, columns, pattern, tiles),
+        sizes=sizes,
+    )
 
 
 class _Attend(torch.autograd.Function):
@@ -381,7 +382,7 @@ class _Attend(torch.autograd.Function):
         sizes = [(*x.shape[:3], call.sizes[4]) for x in (q, k, v)]
         dq, dk, dv = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.zeros(sizes[2])
         flat = (x.contiguous().view(-1).numpy() for x in (lse, delta))
-        flat = (*flat, _flat(grad), *(x.view(-1).numpy() for x in (dq, dk, dv)))
+        flat = (*flat, flat_rows(grad, WIDTH), *(x.view(-1).numpy() for x in (dq, dk, dv)))
         split(
             backward,
             (call.q, call.k, call.v, *flat, *call.rows, call.sizes, np.float32(ctx.scale)),

@@ -14,6 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from sparse_core.kernels.arrays import flat_rows
 from sparse_core.kernels.simd import COLUMNS, VL, add_rows, dot, exp_difference
 from sparse_core.kernels.threads import split
 
@@ -120,12 +121,6 @@ def backward(q, k, v, lse, delta, grad, dq, dk, dv, crow, col, sizes, scale, low
             _sum_rows(ds, rows, kept, k, dq, at, width)
 
 
-def _flat(x: Tensor) -> np.ndarray:
-    """[.., D] as flat float32 whose rows are padded to a multiple of a vector."""
-    x = torch.nn.functional.pad(x.detach().float(), (0, -x.shape[-1] % VL))
-    return x.contiguous().view(-1).numpy()
-
-
 def _sizes(q: Tensor, k: Tensor, mask: TokenCSR) -> tuple[int, ...]:
     _, hq, tq, d = q.shape
     longest = int(mask.counts.max())
@@ -139,7 +134,7 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sizes = _sizes(q, k, mask)
         out, lse = torch.zeros(*q.shape[:3], sizes[4]), torch.empty(q.shape[:3])
-        arrays = (*map(_flat, (q, k, v)), out.view(-1).numpy(), lse.view(-1).numpy())
+        arrays = (*(flat_rows(x, VL) for x in (q, k, v)), out.view(-1).numpy(), lse.view(-1).numpy())
         rows = (mask.crow.numpy(), mask.col.numpy())
         split(forward, (*arrays, *rows, sizes, np.float32(scale)), lse.numel())
         result = out[..., : q.shape[-1]].to(q.dtype)
@@ -155,7 +150,12 @@ class _Attend(torch.autograd.Function):
         delta = (grad.float() * out.float()).sum(-1) - grad_lse
         back = [torch.zeros(*x.shape[:3], sizes[4]) for x in (q, k, v)]
         flat = (x.contiguous().view(-1).numpy() for x in (lse, delta))
-        arrays = (*map(_flat, (q, k, v)), *flat, _flat(grad), *(x.view(-1).numpy() for x in back))
+        arrays = (
+            *(flat_rows(x, VL) for x in (q, k, v)),
+            *flat,
+            flat_rows(grad, VL),
+            *(x.view(-1).numpy() for x in back),
+        )
         rows = (mask.crow.numpy(), mask.col.numpy())
         split(backward, (*arrays, *rows, sizes, np.float32(ctx.scale)), k.shape[0] * k.shape[1])
         dq, dk, dv = (x[..., : q.shape[-1]].to(like.dtype) for x, like in zip(back, (q, k, v), strict=True))
