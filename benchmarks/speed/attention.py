@@ -51,7 +51,10 @@ def random_blocks(settings: Attention, length: int, density: float, lower: bool)
     generator = torch.Generator().manual_seed(round(1000 * density))
     n = -(-length // settings.block)
     sizes: dict[str, Any] = {"block_size": settings.block, "q_len": length, "kv_len": length}
-    blocks = torch.rand(1, settings.heads, n, n, generator=generator) < density
+    # The diagonal, half of whose pairs are in the past, is always kept: so much less of the rest.
+    own = settings.block / (length + settings.block) if lower else 0.0
+    drawn = torch.rand(1, settings.heads, n, n, generator=generator)
+    blocks = drawn < (density if density == 1 else (density - own) / (1 - own))
     if not lower:
         return BlockMask.from_dense_blocks(blocks, **sizes).to(settings.device)
     blocks = blocks.tril() | torch.eye(n, dtype=torch.bool)

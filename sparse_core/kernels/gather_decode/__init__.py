@@ -32,13 +32,15 @@ def decode_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    return_scores: bool = False,
     implementation: Literal["auto", "reference", "numba", "gather"] = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(scale q k^T) v over the keys that `selection` names, for one query per head.
 
     q1 [B, Hq, 1, D]; cache: a `KVCache`, or the pair of keys and values [B, Hkv, T, D]; selection: indices [B, H, 1, n] of
     the query heads or of the key-value heads, or the spans of either, for a query at the newest token. Returns
-    [B, Hq, 1, D], and with `return_lse` [B, Hq, 1] in float32. Not differentiable on a CPU. Raises ValueError for shapes
+    [B, Hq, 1, D], with `return_lse` also [B, Hq, 1] and with `return_scores` scale q k^T of the named keys [B, Hq, 1, n],
+    -inf where there is none, both in float32. Not differentiable on a CPU. Raises ValueError for shapes
     that do not fit and for an empty cache.
     """
     shape = tuple(cache[0].shape) if isinstance(cache, tuple) else cache.shape
@@ -61,8 +63,9 @@ def decode_attention(
             multiply_adds=2 * kept * k.shape[-1],
             kv_bytes=2 * kept * k.shape[-1] * k.element_size(),
         )
-    out, lse = find(__name__, implementation, q1.device, IMPLEMENTATIONS)(q1[:, :, 0], k, v, index, factor)
-    return (out[:, :, None], lse[:, :, None]) if return_lse else out[:, :, None]
+    results = find(__name__, implementation, q1.device, IMPLEMENTATIONS)(q1[:, :, 0], k, v, index, factor)
+    wanted = [part for part, asked in zip(results, (True, return_lse, return_scores), strict=True) if asked]
+    return tuple(part[:, :, None] for part in wanted) if len(wanted) > 1 else wanted[0][:, :, None]
 
 
 def _check(q: Tensor, shape: tuple[int, ...], selection: IndexMask | SpanPlan) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, D] and log-sum-exp [B, Hq] of q [B, Hq, D] over the keys index [B, Hq, n]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, Hq, D], log-sum-exp [B, Hq] and scores [B, Hq, n] of q [B, Hq, D] over the keys index [B, Hq, n]."""
     (b, hq, d), (hkv, length) = q.shape, k.shape[1:3]
     head = torch.arange(b * hq, device=q.device).view(b, hq, 1)
     base = (head // hq * hkv + head % hq // (hq // hkv)) * length
@@ -21,4 +21,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tupl
     scores = scores.masked_fill(index < 0, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return (weights[..., None, :] @ near_v.float())[..., 0, :].to(q.dtype), lse
+    return (weights[..., None, :] @ near_v.float())[..., 0, :].to(q.dtype), lse, scores

@@ -25,10 +25,10 @@ def _ask(x, row, width):
 
 
 @njit(cache=True, nogil=True)
-def decode(q, k, v, index, out, lse, sizes, scale, low, high):
-    """Output and log-sum-exp of the heads low .. high, counted over samples and query heads.
+def decode(q, k, v, index, out, lse, found, sizes, scale, low, high):
+    """Output, log-sum-exp and scores of the heads low .. high, counted over samples and query heads.
 
-    q, out [B Hq width], k, v [B Hkv T width], index [B Hq n] flat; sizes (Hq, Hkv, T, width, n).
+    q, out [B Hq width], k, v [B Hkv T width], index and found [B Hq n] flat; sizes (Hq, Hkv, T, width, n).
     """
     hq, hkv, length, width, n = sizes
     rows, scores = np.empty(n + 3, np.int64), np.empty(n + 3, np.float32)
@@ -39,6 +39,8 @@ def decode(q, k, v, index, out, lse, sizes, scale, low, high):
             if index[task * n + j] >= 0:
                 rows[kept] = (base + index[task * n + j]) * width
                 kept += 1
+            else:
+                found[task * n + j] = np.float32(-np.inf)
         largest = np.float32(-np.inf)
         for j in range(kept):
             if j + AHEAD < kept:
@@ -46,6 +48,11 @@ def decode(q, k, v, index, out, lse, sizes, scale, low, high):
             scores[j] = dot(q, np.int64(task * width), k, np.int64(rows[j]), np.int64(width)) * scale
             if not scores[j] <= largest:
                 largest = scores[j]
+        taken = 0
+        for j in range(n):
+            if index[task * n + j] >= 0:
+                found[task * n + j] = scores[taken]
+                taken += 1
         for d in range(width):
             out[task * width + d] = np.float32(0)
         if kept == 0:
@@ -69,14 +76,14 @@ def decode(q, k, v, index, out, lse, sizes, scale, low, high):
         lse[task] = largest + np.float32(math.log(total))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, D] in the dtype of q and log-sum-exp [B, Hq] in float32; not differentiable."""
+def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, Hq, D] in the dtype of q, log-sum-exp [B, Hq] and scores [B, Hq, n] in float32; not differentiable."""
     b, hq, d = q.shape
     spare = -d % VL
     near = [torch.nn.functional.pad(x.float(), (0, spare)).contiguous() if spare or x.dtype != torch.float32
             else x.contiguous() for x in (q, k, v)]  # fmt: skip
-    out, lse = torch.empty(b, hq, d + spare), torch.empty(b, hq)
-    arrays: list[Any] = [x.view(-1).numpy() for x in (*near, index.long().contiguous(), out, lse)]
+    out, lse, found = torch.empty(b, hq, d + spare), torch.empty(b, hq), torch.empty(index.shape)
+    arrays: list[Any] = [x.view(-1).numpy() for x in (*near, index.long().contiguous(), out, lse, found)]
     sizes = (hq, k.shape[1], k.shape[2], d + spare, index.shape[-1])
     split(decode, (*arrays, sizes, np.float32(scale)), b * hq)
-    return out[..., :d].to(q.dtype), lse
+    return out[..., :d].to(q.dtype), lse, found

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, D] and log-sum-exp [B, Hq] of q [B, Hq, D] over the keys index [B, Hq, n] of k, v [B, Hkv, T, D];
-    entries below 0 are absent, and a head without any gives 0 and -inf."""
+def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, Hq, D], log-sum-exp [B, Hq] and scores [B, Hq, n] of q [B, Hq, D] over the keys index [B, Hq, n] of
+    k, v [B, Hkv, T, D]; entries below 0 are absent, and a head without any gives 0 and -inf."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
     rows = index.clamp_min(0)[..., None].expand(-1, -1, -1, k.shape[-1])
@@ -17,4 +17,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tupl
     scores = scores.masked_fill(index < 0, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return (weights[..., None, :] @ near_v)[..., 0, :].to(q.dtype), lse
+    return (weights[..., None, :] @ near_v)[..., 0, :].to(q.dtype), lse, scores

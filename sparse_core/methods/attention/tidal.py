@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparse_core import counters
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels.gather_decode import decode_attention
@@ -79,19 +78,12 @@ class TidalState:
 
 
 def attend_to_all(q1: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Dense decoding: output [B, Hq, 1, D] and q k [B, Hq, T] before scaling."""
-    k, v = cache.keys, cache.values
-    b, hq, _, d = q1.shape
-    grouped = q1.float().view(b, k.shape[1], -1, d)
-    # A token that its head has given back has no key.
-    scores = (grouped @ k.float().mT).masked_fill(~cache.held()[:, :, None].to(k.device), -torch.inf)
-    out = (scores * d**-0.5).softmax(-1) @ v.float()
-    counters.add(
-        products=scores.numel(),
-        multiply_adds=2 * scores.numel() * d,
-        kv_bytes=2 * k.numel() * k.element_size(),
+    """Dense decoding: output [B, Hq, 1, D] and scaled q k [B, Hq, T], -inf for tokens that their head has given back."""
+    every = torch.arange(cache.shape[2], device=q1.device).expand(*q1.shape[:2], 1, -1)
+    out, scores = decode_attention(
+        q1, cache, IndexMask(index=every, kv_len=cache.shape[2]), return_scores=True
     )
-    return out.view(b, hq, 1, d).to(q1.dtype), scores.view(b, hq, -1)
+    return out, scores[:, :, 0]
 
 
 def choose(scores: Tensor, topk: int) -> IndexMask:

@@ -145,3 +145,20 @@ def test_what_does_not_fit_is_refused(sentence):
 def test_an_index_past_the_end_is_refused():
     with pytest.raises(ValueError, match="index: expected keys 0 to 9, got 10"):
         IndexMask(index=torch.full((1, 1, 1, 1), 10), kv_len=10)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "numba", "gather"])
+def test_scores_are_those_of_the_named_keys(implementation):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 1, 10, generator=generator), torch.randn(2, 2, 30, 10, generator=generator)
+    index = torch.randint(-1, 30, (2, 4, 1, 7), generator=generator)
+    index[0, 0] = -1
+    mask = IndexMask(index=index, kv_len=30)
+    out, lse, scores = decode_attention(
+        q, (k, k), mask, return_lse=True, return_scores=True, implementation=implementation
+    )
+    near = k.repeat_interleave(2, 1).gather(2, index.clamp_min(0)[:, :, 0, :, None].expand(-1, -1, -1, 10))
+    exact = (near @ q.mT)[..., 0][:, :, None] * 10**-0.5
+    torch.testing.assert_close(scores, exact.masked_fill(index < 0, -torch.inf))
+    torch.testing.assert_close(scores.logsumexp(-1), lse)
+    assert torch.equal(out, decode_attention(q, (k, k), mask, implementation=implementation))
