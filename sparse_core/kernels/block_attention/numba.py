@@ -43,8 +43,30 @@ LOWEST = np.float32(
 )  # where the running maximum starts: pairs that are not kept weigh exp(-9e29) = 0 against it
 WIDTH = 32  # head widths are padded to multiples of this
 
+# A function that only kernels call: it needs no way in from Python, and lies in their cache.
+part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
-@njit(cache=True, nogil=True)
+
+@part
+def _least(a, b):  # numba compiles its own `min` anew for every call
+    return a if a < b else b
+
+
+@part
+def _fill(x, value):  # as a loop: numba takes longest to compile slices
+    for i in range(len(x)):
+        x[i] = value
+
+
+@part
+def _sum(x, n):
+    total = np.int64(0)
+    for i in range(n):
+        total += x[i]
+    return total
+
+
+@part
 def _pack_queries(x, start, rows, width, factor, across, down):
     """Rows of a tile, scaled, as they lie (down [64, width]) and transposed (across [width, 64]); absent ones are 0."""
     for i in range(TILE):
@@ -54,10 +76,10 @@ def _pack_queries(x, start, rows, width, factor, across, down):
             down[i * width + d] = value
 
 
-@njit(cache=True, nogil=True)
+@part
 def _gather(x, base, width, starts, counts, n, into):
     """Copy `n` runs of rows one after the other to the beginning of `into`; the rest of the tile becomes 0."""
-    place = 0
+    place = np.int64(0)
     for s in range(n):
         first, size = (base + starts[s]) * width, counts[s] * width
         for d in range(size):
@@ -67,10 +89,10 @@ def _gather(x, base, width, starts, counts, n, into):
         into[d] = np.float32(0)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _scatter_add(x, base, width, starts, counts, n, out):
     """Add the rows of `x` back to where `_gather` took them from."""
-    place = 0
+    place = np.int64(0)
     for s in range(n):
         first, size = (base + starts[s]) * width, counts[s] * width
         for d in range(size):
@@ -78,7 +100,7 @@ def _scatter_add(x, base, width, starts, counts, n, out):
         place += size
 
 
-@njit(cache=True, nogil=True)
+@part
 def _scores(k, at, across, width, rows, columns, s):
     """s [rows, 64] = keys times packed queries."""
     for i in range(0, rows, ROWS):
@@ -89,7 +111,7 @@ def _scores(k, at, across, width, rows, columns, s):
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@part
 def _add_down(s, rows, x, at, width, columns, out):
     """out [columns, width] += transpose of s [rows, 64] times x [rows, width]."""
     for i in range(0, columns, ROWS):
@@ -100,7 +122,7 @@ def _add_down(s, rows, x, at, width, columns, out):
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@part
 def _add_across(s, rows, x, width, columns, out, at):
     """out [rows, width] += s [rows, 64] times x [64, width]; whole register tiles, so out has a multiple of ROWS rows."""
     for i in range(0, rows, ROWS):
@@ -111,7 +133,7 @@ def _add_across(s, rows, x, width, columns, out, at):
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@part
 def _mask_scores(s, tiles, tile, bq, bk, q0, k0, place, keys, queries):
     """Give the pairs of a partial block that its pattern does not keep the score of nothing."""
     for j in range(keys):
@@ -120,7 +142,7 @@ def _mask_scores(s, tiles, tile, bq, bk, q0, k0, place, keys, queries):
                 s[(place + j) * TILE + i] = NOTHING
 
 
-@njit(cache=True, nogil=True)
+@part
 def _plan_tile(row, entry, inner, offsets, columns, pattern, bk, kv_len, starts, counts, kinds, shifts):
     """The next at most 64 keys of a row of the mask: runs of keys (first, count, pattern, first key inside the block).
 
@@ -130,20 +152,20 @@ def _plan_tile(row, entry, inner, offsets, columns, pattern, bk, kv_len, starts,
     runs, taken = 0, 0
     while entry < offsets[row + 1] and taken < TILE:
         first = columns[entry] * bk + inner
-        size = min(bk - inner, TILE - taken, kv_len - first)
+        size = _least(_least(bk - inner, TILE - taken), kv_len - first)
         if size <= 0:
-            entry, inner = entry + 1, 0
+            entry, inner = entry + 1, np.int64(0)
             continue
         starts[runs], counts[runs], kinds[runs], shifts[runs] = first, size, pattern[entry], inner
         runs, taken, inner = runs + 1, taken + size, inner + size
         if inner >= bk:
-            entry, inner = entry + 1, 0
+            entry, inner = entry + 1, np.int64(0)
         if bk >= TILE:
             break
     return runs, entry, inner, runs == 1 and counts[0] % ROWS == 0
 
 
-@njit(cache=True, nogil=True)
+@part
 def _load_keys(x, base, width, runs, starts, counts, in_place, scratch):
     """Where the keys (or values) of a tile begin, and in which array: as they lie, or gathered in `scratch`."""
     if in_place:
@@ -152,10 +174,10 @@ def _load_keys(x, base, width, runs, starts, counts, in_place, scratch):
     return np.int64(0)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _mask_tile(s, runs, counts, kinds, shifts, tiles, bq, bk, q0, queries):
     """Apply the patterns of the partial blocks of a tile to its scores."""
-    place = 0
+    place = np.int64(0)
     for r in range(runs):
         if kinds[r] >= 0:
             _mask_scores(s, tiles, kinds[r], bq, bk, q0, shifts[r], place, counts[r], queries)
@@ -170,7 +192,7 @@ def forward(q, k, v, out, lse, offsets, columns, pattern, tiles, sizes, scale, l
     key blocks, and -1 for a full block or the index of its pattern in tiles [n bq bk]; sizes: see `Sizes`.
     """
     hq, hkv, tq, tk, width, bq, bk, mb, mh = sizes
-    height = min(bq, TILE)
+    height = _least(bq, TILE)
     per_head, per_block = -(-tq // height), bq // height
     blocks = -(-tq // bq)
     across, down = np.empty(width * TILE, np.float32), np.empty(TILE * width, np.float32)
@@ -184,29 +206,26 @@ def forward(q, k, v, out, lse, offsets, columns, pattern, tiles, sizes, scale, l
         head, tile = task // per_head, task % per_head
         sample, h = head // hq, head % hq
         start = tile * height
-        queries = min(height, tq - start)
+        queries = _least(height, tq - start)
         across_columns = -(-queries // COLUMNS) * COLUMNS
         row = ((sample if mb > 1 else 0) * mh + (h if mh > 1 else 0)) * blocks + tile // per_block
         q0 = (tile % per_block) * height
         base = (sample * hkv + h // (hq // hkv)) * tk
         _pack_queries(q, head * tq + start, queries, width, scale, across, down)
-        m[:] = LOWEST
-        total[:] = 0
-        o[:] = 0
-        entry, inner = offsets[row], 0
+        _fill(m, LOWEST)
+        _fill(total, np.float32(0))
+        _fill(o, np.float32(0))
+        entry, inner = offsets[row], np.int64(0)
         while entry < offsets[row + 1]:
             runs, entry, inner, in_place = _plan_tile(
                 row, entry, inner, offsets, columns, pattern, bk, tk, starts, counts, kinds, shifts
             )
             if runs == 0:
                 break
-            rows = counts[:runs].sum()
+            rows = _sum(counts, runs)
             padded = -(-rows // ROWS) * ROWS
             at = _load_keys(k, base, width, runs, starts, counts, in_place, keys)
-            if in_place:
-                _scores(k, at, across, width, padded, across_columns, s)
-            else:
-                _scores(keys, at, across, width, padded, across_columns, s)
+            _scores(k if in_place else keys, at, across, width, padded, across_columns, s)
             _mask_tile(s, runs, counts, kinds, shifts, tiles, bq, bk, q0, queries)
             for j in range(0, across_columns, COLUMNS):
                 for e in range(j, j + COLUMNS):
@@ -220,10 +239,7 @@ def forward(q, k, v, out, lse, offsets, columns, pattern, tiles, sizes, scale, l
                 for d in range(width):
                     o[i * width + d] *= shrink[i]
             at = _load_keys(v, base, width, runs, starts, counts, in_place, values)
-            if in_place:
-                _add_down(s, rows, v, at, width, across_columns, o)
-            else:
-                _add_down(s, rows, values, at, width, across_columns, o)
+            _add_down(s, rows, v if in_place else values, at, width, across_columns, o)
         for i in range(queries):
             place = head * tq + start + i
             kept = m[i] > LOWEST
@@ -264,7 +280,7 @@ def backward(
             sample, h = task // hkv, (task % hkv) * group + step // per_head
             head, tile = sample * hq + h, step % per_head
             start = tile * height
-            queries = min(height, tq - start)
+            queries = _least(height, tq - start)
             across_columns = -(-queries // COLUMNS) * COLUMNS
             row = ((sample if mb > 1 else 0) * mh + (h if mh > 1 else 0)) * blocks + tile // per_block
             if offsets[row] == offsets[row + 1]:
@@ -279,42 +295,36 @@ def backward(
                 )  # an absent row, or one without keys, weighs nothing
                 if i < queries and lse[head * tq + start + i] > LOWEST:
                     logs[i], mean[i] = lse[head * tq + start + i], delta[head * tq + start + i]
-            d_query[:] = 0
-            entry, inner = offsets[row], 0
+            _fill(d_query, np.float32(0))
+            entry, inner = offsets[row], np.int64(0)
             while entry < offsets[row + 1]:
                 runs, entry, inner, in_place = _plan_tile(
                     row, entry, inner, offsets, columns, pattern, bk, tk, starts, counts, kinds, shifts
                 )
                 if runs == 0:
                     break
-                rows = counts[:runs].sum()
+                rows = _sum(counts, runs)
                 padded = -(-rows // ROWS) * ROWS
                 at = _load_keys(k, base, width, runs, starts, counts, in_place, keys)
                 _load_keys(v, base, width, runs, starts, counts, in_place, values)
-                if in_place:
-                    _scores(k, at, across, width, padded, across_columns, s)
-                    _scores(v, at, g_across, width, padded, across_columns, dp)
-                else:
-                    _scores(keys, at, across, width, padded, across_columns, s)
-                    _scores(values, at, g_across, width, padded, across_columns, dp)
+                _scores(k if in_place else keys, at, across, width, padded, across_columns, s)
+                _scores(v if in_place else values, at, g_across, width, padded, across_columns, dp)
                 _mask_tile(s, runs, counts, kinds, shifts, tiles, bq, bk, q0, queries)
                 for j in range(0, across_columns, COLUMNS):
                     strip_gradient(
                         s, np.int64(j), dp, np.int64(j), np.int64(TILE), np.int64(rows), logs, np.int64(j), mean,
                         np.int64(j),
                     )  # fmt: skip
-                if in_place:
-                    _add_across(s, rows, g_down, width, across_columns, dv, at)
-                    _add_across(dp, rows, down, width, across_columns, dk, at)
-                    _add_down(dp, rows, k, at, width, across_columns, d_query)
-                else:
-                    d_keys[:] = 0
-                    d_values[:] = 0
-                    _add_across(s, padded, g_down, width, across_columns, d_values, 0)
-                    _add_across(dp, padded, down, width, across_columns, d_keys, 0)
+                if not in_place:
+                    _fill(d_keys, np.float32(0))
+                    _fill(d_values, np.float32(0))
+                count = rows if in_place else padded
+                _add_across(s, count, g_down, width, across_columns, dv if in_place else d_values, at)
+                _add_across(dp, count, down, width, across_columns, dk if in_place else d_keys, at)
+                if not in_place:
                     _scatter_add(d_values, base, width, starts, counts, runs, dv)
                     _scatter_add(d_keys, base, width, starts, counts, runs, dk)
-                    _add_down(dp, rows, keys, at, width, across_columns, d_query)
+                _add_down(dp, rows, k if in_place else keys, at, width, across_columns, d_query)
             for i in range(queries):
                 place = (head * tq + start + i) * width
                 for d in range(width):
