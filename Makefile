@@ -14,7 +14,7 @@ else
 READY :=
 endif
 
-.PHONY: install demo test lint types tiny ship bench arms test-gpu bench-gpu figures docs clean
+.PHONY: install demo test lint types tiny ship bench speed claims arms test-gpu bench-gpu figures docs clean
 
 install: $(STAMP)
 
@@ -49,6 +49,15 @@ bench: $(READY)
 	$(PY) -m benchmarks.memory recall
 	$(PY) -m benchmarks.memory cost
 	$(PY) -m benchmarks.policies evaluate
+	$(PY) -m benchmarks.sparse_world
+
+speed: $(READY)
+	$(PY) -m benchmarks.speed.attention
+	$(PY) -m benchmarks.speed.decode
+	$(PY) -m benchmarks.speed.costs
+
+claims: $(READY)
+	$(PY) -m benchmarks.claims all
 
 arms: $(READY)
 	for arm in latents untrained mean pixels state; do $(PY) -m benchmarks.policies train --arm $$arm || exit 1; done
@@ -58,6 +67,7 @@ test-gpu: $(READY)
 
 bench-gpu: $(READY)
 	$(PY) -m benchmarks.throughput --device cuda
+	$(PY) -m benchmarks.speed.attention --device cuda --lengths 4096 16384 --heads 16 --width 128 --case speed/attention
 
 figures: $(READY)
 	$(PY) -m benchmarks.figures

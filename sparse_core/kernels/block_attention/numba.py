@@ -44,7 +44,7 @@ LOWEST = np.float32(
 WIDTH = 32  # head widths are padded to multiples of this
 
 # A function that only kernels call: it needs no way in from Python, and lies in their cache.
-part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
 @part
