@@ -2,8 +2,10 @@
 
 numba turns loops into machine code but leaves register tiles to chance. These intrinsics state them: a product of small
 tiles whose accumulators stay in registers, and the running maximum, exponential and sums of a softmax that lies in
-columns. Arrays are one-dimensional float32; every offset and stride counts elements and is an int64. Nothing is checked
-here: the kernels that call them own their bounds.
+columns. Arrays are one-dimensional and of 32-bit words; every offset and stride counts words and is an int64. A word is
+a float32 or, where the processor multiplies bfloat16 in pairs (`PAIRS`), an int32 that holds two of them: then the two are
+neighbours along the sum of a product, of which each word does two terms, added up in float32. Nothing is checked here:
+the kernels that call them own their bounds.
 
 Kernels are compiled with `cache=True`, and numba does not see changes in this file: raise `VERSION`, which they import,
 with every change.
@@ -20,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-VERSION = 2
+VERSION = 3
 
 
 def _lanes() -> int:
@@ -29,9 +31,23 @@ def _lanes() -> int:
     return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
 
 
+class _Bfloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite cannot name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
 VL = _lanes()
-FLOAT, INT = ir.FloatType(), ir.IntType(64)
-VECTOR = ir.VectorType(FLOAT, VL)
+PAIRS = VL == 16 and bool(llvm.get_host_cpu_features().get("avx512bf16"))
+FLOAT, INT, WORD, HALF = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16)
+VECTOR, WORDS, PAIRED = ir.VectorType(FLOAT, VL), ir.VectorType(WORD, VL), ir.VectorType(_Bfloat(), 2 * VL)
 LOG2E, LN2_HIGH, LN2_LOW = math.log2(math.e), 0.693359375, -2.12194440e-4
 MAGIC = (
     12582912.0  # 1.5 * 2**23: adding it rounds a float to a whole number, whose bits are then the low ones
@@ -54,25 +70,51 @@ class _Emitter:
         return ir.Constant(VECTOR, [ir.Constant(FLOAT, value)] * VL)
 
     def load(self, data: Any, offset: Any) -> Any:
-        found = self.b.load(self._place(data, offset, VECTOR))
+        found = self.b.load(self._place(data, offset, ir.VectorType(data.type.pointee, VL)))
         found.align = 4
         return found
 
     def store(self, value: Any, data: Any, offset: Any) -> None:
-        self.b.store(value, self._place(data, offset, VECTOR)).align = 4
+        self.b.store(value, self._place(data, offset, value.type)).align = 4
 
     def _place(self, data: Any, offset: Any, kind: Any) -> Any:
         return self.b.bitcast(self.b.gep(data, [offset]), kind.as_pointer())
 
     def splat(self, data: Any, offset: Any) -> Any:
-        """The float at `offset` in every lane."""
-        value = self.b.load(self.b.gep(data, [offset]))
-        one = self.b.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.IntType(32)(0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), VL), [0] * VL)
-        return self.b.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), lanes)
+        """The word at `offset` in every lane."""
+        return self.spread(self.b.load(self.b.gep(data, [offset])))
+
+    def spread(self, value: Any) -> Any:
+        """A word in every lane."""
+        nothing = ir.Constant(ir.VectorType(value.type, VL), ir.Undefined)
+        one = self.b.insert_element(nothing, value, WORD(0))
+        return self.b.shuffle_vector(one, nothing, ir.Constant(WORDS, [0] * VL))
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         return self._call("llvm.fma", x, y, z)
+
+    def add_product(self, x: Any, y: Any, z: Any) -> Any:
+        """x y + z, floats in z; where x and y are pairs of bfloat16, the sum of both products of a lane."""
+        if x.type == VECTOR:
+            return self.fma(x, y, z)
+        kind = ir.FunctionType(VECTOR, [VECTOR, PAIRED, PAIRED])
+        product = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return self.b.call(product, [z, self.b.bitcast(x, PAIRED), self.b.bitcast(y, PAIRED)])
+
+    def round(self, x: Any, y: Any) -> Any:
+        """Two vectors of floats as bfloat16, x first and y after it: neighbours of x become the pairs of a word."""
+        kind = ir.FunctionType(PAIRED, [VECTOR, VECTOR])
+        rounded = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+        return self.b.bitcast(self.b.call(rounded, [y, x]), WORDS)
+
+    def pair(self, x: Any, y: Any) -> Any:
+        """Two vectors of floats as bfloat16, lane by lane the pairs of a word."""
+        halves = ir.VectorType(HALF, 2 * VL)
+        turned = ir.Constant(
+            ir.VectorType(WORD, 2 * VL), [lane // 2 + VL * (lane % 2) for lane in range(2 * VL)]
+        )
+        both = self.b.bitcast(self.round(x, y), halves)
+        return self.b.bitcast(self.b.shuffle_vector(both, ir.Constant(halves, ir.Undefined), turned), WORDS)
 
     def maximum(self, x: Any, y: Any) -> Any:
         """The larger one; NaN where one is NaN, which `maxnum` would hide."""
@@ -94,9 +136,8 @@ class _Emitter:
         for factor in EXP[1:]:
             value = self.fma(value, rest, self.constant(factor))
         value = self.fma(self.b.fmul(value, rest), rest, self.b.fadd(rest, self.constant(1.0)))
-        ints = ir.VectorType(ir.IntType(32), VL)
-        power = self.b.shl(self.b.bitcast(shifted, ints), ir.Constant(ints, [ir.IntType(32)(23)] * VL))
-        value = self.b.bitcast(self.b.add(self.b.bitcast(value, ints), power), VECTOR)
+        power = self.b.shl(self.b.bitcast(shifted, WORDS), ir.Constant(WORDS, [WORD(23)] * VL))
+        value = self.b.bitcast(self.b.add(self.b.bitcast(value, WORDS), power), VECTOR)
         return self.b.select(tiny, self.constant(0.0), value)
 
     def loop(self, count: Any) -> Any:
@@ -127,35 +168,47 @@ def _emitted(write: Any) -> Any:
 
 
 def make_gemm(rows: int, vectors: int, *, accumulate: bool) -> Any:
-    """An intrinsic `gemm(a, ao, ars, acs, b, bo, brs, c, co, crs, depth)`:
+    """An intrinsic `gemm(a, ao, ars, acs, b, bo, brs, c, co, crs, depth, factor)`:
 
-    c[co + i crs + j] (+)= sum over k < depth of a[ao + i ars + k acs] b[bo + k brs + j] for i < rows, j < vectors VL.
-    `a` is read as single floats at any strides, so a matrix and its transpose cost the same.
+    c[co + i crs + j] (+)= factor sum over k < depth of a[ao + i ars + k acs] b[bo + k brs + j], i < rows, j < vectors VL.
+    `a` is read as single words at any strides, so a matrix and its transpose cost the same. `accumulate` adds to c and
+    takes no factor. Words of a and b may be pairs of bfloat16; c is float32.
     """
 
     def write(e: Any, a: Any, ao: Any, ars: Any, acs: Any, b: Any, bo: Any, brs: Any, c: Any, co: Any, crs: Any,
-              depth: Any) -> None:  # fmt: skip
+              depth: Any, factor: Any = None) -> None:  # fmt: skip
         places = [[e.b.add(e.at(co, i, crs), INT(j * VL)) for j in range(vectors)] for i in range(rows)]
         sums = [
             [e.variable(e.load(c, place) if accumulate else e.constant(0.0)) for place in row]
             for row in places
         ]
+        starts = [e.at(ao, i, ars) for i in range(rows)]
         with e.loop(depth) as loop:
-            from_a, from_b = e.b.add(ao, e.b.mul(loop.index, acs)), e.b.add(bo, e.b.mul(loop.index, brs))
+            along_a, from_b = e.b.mul(loop.index, acs), e.b.add(bo, e.b.mul(loop.index, brs))
             right = [e.load(b, e.b.add(from_b, INT(j * VL))) for j in range(vectors)]
             for i in range(rows):
-                left = e.splat(a, e.at(from_a, i, ars))
+                left = e.splat(a, e.b.add(starts[i], along_a))
                 for j in range(vectors):
-                    e.b.store(e.fma(left, right[j], e.b.load(sums[i][j])), sums[i][j])
+                    e.b.store(e.add_product(left, right[j], e.b.load(sums[i][j])), sums[i][j])
+        scale = None if accumulate else e.spread(factor)
         for row, places_of_row in zip(sums, places, strict=True):
             for total, place in zip(row, places_of_row, strict=True):
-                e.store(e.b.load(total), c, place)
+                value = e.b.load(total)
+                e.store(value if accumulate else e.b.fmul(value, scale), c, place)
 
-    @_intrinsic
-    def gemm(typing: Any, a: Any, ao: Any, ars: Any, acs: Any, b: Any, bo: Any, brs: Any, c: Any, co: Any, crs: Any,
-             depth: Any) -> Any:  # fmt: skip
-        n = types.int64
-        return types.void(a, n, n, n, b, n, n, c, n, n, n), _emitted(write)
+    n = types.int64
+    if accumulate:
+
+        @_intrinsic
+        def gemm(typing: Any, a: Any, ao: Any, ars: Any, acs: Any, b: Any, bo: Any, brs: Any, c: Any, co: Any, crs: Any,
+                 depth: Any) -> Any:  # fmt: skip
+            return types.void(a, n, n, n, b, n, n, c, n, n, n), _emitted(write)
+    else:
+
+        @_intrinsic
+        def gemm(typing: Any, a: Any, ao: Any, ars: Any, acs: Any, b: Any, bo: Any, brs: Any, c: Any, co: Any, crs: Any,
+                 depth: Any, factor: Any) -> Any:  # fmt: skip
+            return types.void(a, n, n, n, b, n, n, c, n, n, n, types.float32), _emitted(write)
 
     return gemm
 
@@ -190,48 +243,77 @@ def strip_max(typing: Any, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: 
 
 
 @_intrinsic
-def strip_exp(
-    typing: Any, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: Any, total: Any, to: Any
-) -> Any:
-    """s[so + k stride + j] = exp(s[..] - m[mo + j]), whose sum over k < rows is added to total[to + j], j < COLUMNS."""
+def strip_exp(typing: Any, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: Any, total: Any, to: Any,
+              p: Any) -> Any:  # fmt: skip
+    """p[so + k stride + j] = exp(s[..] - m[mo + j]), whose sum over k < rows is added to total[to + j], j < COLUMNS.
 
-    def write(
-        e: _Emitter, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: Any, total: Any, to: Any
-    ) -> None:
+    Where p holds pairs, row k of it are the rows 2 k and 2 k + 1, of which there is an even number. p may be the memory
+    of s.
+    """
+
+    def write(e: _Emitter, s: Any, so: Any, stride: Any, rows: Any, m: Any, mo: Any, total: Any, to: Any,
+              p: Any) -> None:  # fmt: skip
+        step = 1 if p.type.pointee == FLOAT else 2
         base = [e.load(m, place) for place in _strip(e, mo)]
         sums = [e.variable(e.load(total, place)) for place in _strip(e, to)]
-        with e.loop(rows) as loop:
-            places = _strip(e, e.b.add(so, e.b.mul(loop.index, stride)))
-            for low, sum_, place in zip(base, sums, places, strict=True):
-                value = e.exp(e.b.fsub(e.load(s, place), low))
-                e.store(value, s, place)
-                e.b.store(e.b.fadd(e.b.load(sum_), value), sum_)
+        with e.loop(e.b.sdiv(rows, INT(step))) as loop:
+            into = _strip(e, e.b.add(so, e.b.mul(loop.index, stride)))
+            first = e.b.add(so, e.b.mul(loop.index, e.b.mul(stride, INT(step))))
+            values = []
+            for down in range(step):
+                places = _strip(e, e.at(first, down, stride))
+                values.append(
+                    [e.exp(e.b.fsub(e.load(s, place), low)) for low, place in zip(base, places, strict=True)]
+                )
+            for j, place in enumerate(into):
+                e.store(values[0][j] if step == 1 else e.pair(values[0][j], values[1][j]), p, place)
+                for row in values:
+                    e.b.store(e.b.fadd(e.b.load(sums[j]), row[j]), sums[j])
         for sum_, place in zip(sums, _strip(e, to), strict=True):
             e.store(e.b.load(sum_), total, place)
 
     n = types.int64
-    return types.void(s, n, n, n, m, n, total, n), _emitted(write)
+    return types.void(s, n, n, n, m, n, total, n, p), _emitted(write)
 
 
 @_intrinsic
-def strip_gradient(typing: Any, s: Any, so: Any, dp: Any, do: Any, stride: Any, rows: Any, lse: Any, lo: Any,
-                   delta: Any, eo: Any) -> Any:  # fmt: skip
-    """s = p = exp(s - lse[lo + j]) and dp = p (dp - delta[eo + j]), both at [.. + k stride + j], k < rows, j < COLUMNS."""
+def strip_gradient(typing: Any, s: Any, dp: Any, so: Any, stride: Any, rows: Any, lse: Any, delta: Any, lo: Any,
+                   factor: Any, p: Any, ds: Any, down: Any) -> Any:  # fmt: skip
+    """p = exp(s - lse[lo + j]) and ds = factor p (dp - delta[lo + j]), at [so + k stride + j], k < rows, j < COLUMNS.
 
-    def write(e: _Emitter, s: Any, so: Any, dp: Any, do: Any, stride: Any, rows: Any, lse: Any, lo: Any, delta: Any,
-              eo: Any) -> None:  # fmt: skip
+    `down` gets ds once more, with the pairs along k: see `strip_exp`. In p and ds they lie along j, so that a strip is
+    COLUMNS / 2 words wide; these may be the memory of s and dp. Of floats all three forms are one: then down is ds.
+    """
+
+    def write(e: _Emitter, s: Any, dp: Any, so: Any, stride: Any, rows: Any, lse: Any, delta: Any, lo: Any,
+              factor: Any, p: Any, ds: Any, down: Any) -> None:  # fmt: skip
+        step = 1 if p.type.pointee == FLOAT else 2
         base = [e.load(lse, place) for place in _strip(e, lo)]
-        mean = [e.load(delta, place) for place in _strip(e, eo)]
-        with e.loop(rows) as loop:
-            down = e.b.mul(loop.index, stride)
-            ours, theirs = _strip(e, e.b.add(so, down)), _strip(e, e.b.add(do, down))
-            for j in range(2):
-                p = e.exp(e.b.fsub(e.load(s, ours[j]), base[j]))
-                e.store(p, s, ours[j])
-                e.store(e.b.fmul(p, e.b.fsub(e.load(dp, theirs[j]), mean[j])), dp, theirs[j])
+        mean = [e.load(delta, place) for place in _strip(e, lo)]
+        scale = e.spread(factor)
+        with e.loop(e.b.sdiv(rows, INT(step))) as loop:
+            first = e.b.mul(loop.index, e.b.mul(stride, INT(step)))
+            gradients = []
+            for k in range(step):
+                row = e.at(first, k, stride)
+                places = _strip(e, e.b.add(so, row))
+                weights = [e.exp(e.b.fsub(e.load(s, place), base[j])) for j, place in enumerate(places)]
+                inner = [e.b.fsub(e.load(dp, place), mean[j]) for j, place in enumerate(places)]
+                gradients.append(
+                    [e.b.fmul(e.b.fmul(scale, x), weight) for x, weight in zip(inner, weights, strict=True)]
+                )
+                for values, array in ((weights, p), (gradients[k], ds)):
+                    if step == 2:
+                        e.store(e.round(*values), array, e.b.add(row, e.b.sdiv(so, INT(2))))
+                    else:
+                        for value, place in zip(values, places, strict=True):
+                            e.store(value, array, place)
+            if step == 2:
+                for j, place in enumerate(_strip(e, e.b.add(so, e.b.mul(loop.index, stride)))):
+                    e.store(e.pair(gradients[0][j], gradients[1][j]), down, place)
 
-    n = types.int64
-    return types.void(s, n, dp, n, n, n, lse, n, delta, n), _emitted(write)
+    n, f = types.int64, types.float32
+    return types.void(s, dp, n, n, n, lse, delta, n, f, p, ds, down), _emitted(write)
 
 
 @_intrinsic
@@ -252,9 +334,9 @@ def prefetch(typing: Any, x: Any, offset: Any) -> Any:
 
     def write(e: _Emitter, x: Any, offset: Any) -> None:
         place = e.b.bitcast(e.b.gep(x, [offset]), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, *[ir.IntType(32)] * 3])
+        kind = ir.FunctionType(ir.VoidType(), [place.type, *[WORD] * 3])
         asked = cgutils.get_or_insert_function(e.b.module, kind, "llvm.prefetch.p0i8")
-        e.b.call(asked, [place, ir.IntType(32)(0), ir.IntType(32)(3), ir.IntType(32)(1)])  # read, keep, data
+        e.b.call(asked, [place, WORD(0), WORD(3), WORD(1)])  # read, keep, data
 
     return types.void(x, types.int64), _emitted(write)
 

@@ -21,7 +21,7 @@ from sparse_core.kernels.threads import split
 if TYPE_CHECKING:
     from sparse_core.attention.masks import TokenCSR
 
-SIMD = 2  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
+SIMD = 3  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
 NOTHING = np.float32(-1e30)  # the score of a place that holds no key: its weight is exactly 0
 
 

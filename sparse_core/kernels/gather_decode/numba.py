@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_core.kernels.simd import VL, add_rows, dot, prefetch
 from sparse_core.kernels.threads import split
 
-SIMD = 2  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
+SIMD = 3  # `sparse_core.kernels.simd.VERSION` that this file was compiled against; numba's cache looks at this file alone
 AHEAD = 8  # rows that are asked for before they are read
 LINE = 16  # floats in a cache line
 

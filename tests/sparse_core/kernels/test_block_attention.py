@@ -87,6 +87,32 @@ def test_other_dtypes_keep_their_dtype_and_float32_statistics(implementation, dt
         )
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_on_a_cpu_has_exact_statistics_with_and_without_products_of_pairs(case, pairs, monkeypatch):
+    """The definition is given the same bfloat16 numbers."""
+    kernel = pytest.importorskip("sparse_core.kernels.block_attention.numba")
+    if pairs and not kernel.PAIRS:
+        pytest.skip("this processor multiplies no pairs of bfloat16")
+    monkeypatch.setattr(kernel, "PAIRS", pairs)
+    ours, exact = run(case, "numba", torch.bfloat16), run(case, "reference", torch.bfloat16)
+    torch.testing.assert_close(ours[1], exact[1], atol=2e-5, rtol=1e-5)
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), atol=3e-2, rtol=2e-2)
+
+
+def test_bfloat16_rows_lie_in_pairs():
+    """An odd number of tokens: the last pair has nothing beside it."""
+    kernel = pytest.importorskip("sparse_core.kernels.block_attention.numba")
+    x = torch.randn(1, 2, 5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = kernel._Rows(x, 2)
+    down = torch.from_numpy(rows.down.view("int16")).view(torch.bfloat16).view(2, 3, 32, 2)
+    assert torch.equal(down[:, :, :3, 0], x[0, :, 0::2])
+    assert torch.equal(down[:, :2, :3, 1], x[0, :, 1::2])
+    assert (down[:, 2, :, 1] == 0).all()
+    assert (down[:, :, 3:] == 0).all()
+
+
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_a_mask_of_everything_is_dense_attention(implementation):
     q, k, v = draw((1, 2, 100, 32), (1, 2, 100, 32))
