@@ -66,8 +66,7 @@ test-gpu: $(READY)
 	$(PY) -m pytest -m gpu -rs
 
 bench-gpu: $(READY)
-	$(PY) -m benchmarks.throughput --device cuda
-	$(PY) -m benchmarks.speed.attention --device cuda --lengths 4096 16384 --heads 16 --width 128 --case speed/attention
+	$(PY) -m benchmarks.gpu
 
 figures: $(READY)
 	$(PY) -m benchmarks.figures

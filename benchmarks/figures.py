@@ -175,6 +175,59 @@ def decode_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
     return "\n".join([head, "|---|---|---|---|", *rows]), {}
 
 
+def gpu_attention_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table of block-sparse attention against dense attention by backend and flex_attention."""
+    named = ("flash", "cudnn", "flex")
+    rows, failed, backends = [], {}, set()
+    for name, row in values.items():
+        if name != "errors":
+            cells = [
+                cell
+                for part in ("forward", "training")
+                for cell in (
+                    _number(row, f"{part}_ms", "{:.2f}"),
+                    *(_number(row, f"{part}_over_{rival}", "{:.2f}x") for rival in named),
+                )
+            ]
+            kind, length, _ = name.split()
+            rows.append(f"| {kind} | {length} | {row['density']:.2f} | " + " | ".join(cells) + " |")
+            failed |= row["failed"]
+            backends.add(row["sdpa_backend"])
+    head = ["mask", "tokens", "density", "forward, ms", *named, "forward and backward, ms", *named]
+    worst = max(max(errors.values()) for errors in values["errors"].values())
+    notes = [
+        f"Torch's own choice of a backend: {', '.join(sorted(backends))}. Largest relative error of output and gradients "
+        f"against float64: {worst:.1e}."
+    ]
+    return _gpu_text(head, rows, notes, failed), {}
+
+
+def gpu_decode_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Table of decoding against every dense way."""
+    step, stack = values["step"], values.get("stack", {})
+    dense = [key.removeprefix("over_") for key in step if key.startswith("over_")]
+    rows = [
+        f"| {label} | {_number(step['ms'], kind, '{:.3f}')} | "
+        + " | ".join(_number(step[f"over_{name}"], kind, "{:.1f}x") for name in dense)
+        + " |"
+        for kind, label in (("random", "1/16 of the tokens, at random"), ("pages", "1/16, in pages of 16"))
+    ]
+    notes = [f"Torch's own choice of a backend: {step['sdpa_backend']}."]
+    if "times" in stack:
+        notes.append(f"12 layers under TidalDecode: {stack['times']:.1f}x over SDPA.")
+    head = ["one step over 32,768 keys", "ms", *(f"over {name.replace('_', ' ')}" for name in dense)]
+    return _gpu_text(head, rows, notes, step["failed"] | stack.get("failed", {})), {}
+
+
+def _gpu_text(head: list[str], rows: list[str], notes: list[str], failed: dict[str, str]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows, "", " ".join(notes)]
+    return "\n".join([*lines, *(f"- {name} did not run: {why}" for name, why in failed.items())])
+
+
+def _number(row: dict[str, Any], key: str, form: str) -> str:
+    return form.format(row[key]) if key in row else "-"
+
+
 def costs_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """Sentences on memory, first calls, threads and half precision; charts of growth."""
     memory, first, half = values["memory"], values["first_call"], values["half_precision"]
@@ -224,6 +277,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, dict[str, s
     "memory_cost": ("Cost of a long rollout", cost_section),
     "speed/attention": ("Block-sparse attention on one CPU core", attention_section),
     "speed/decode": ("Decoding over selected keys on one CPU core", decode_section),
+    "speed/gpu_attention_64": ("Block-sparse attention on a GPU, blocks of 64", gpu_attention_section),
+    "speed/gpu_attention_128": ("Block-sparse attention on a GPU, blocks of 128", gpu_attention_section),
+    "speed/gpu_decode": ("Decoding over selected keys on a GPU", gpu_decode_section),
     "speed/costs": ("What attention costs besides", costs_section),
     "sparse_world": ("Sparse attention in the world model, put in without training", sparse_world_section),
 }

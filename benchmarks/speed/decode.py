@@ -1,10 +1,11 @@
 """Decoding over selected keys against dense decoding, and a whole stack of layers under TidalDecode's schedule.
 
-    python -m benchmarks.speed.decode
+    python -m benchmarks.speed.decode [--device cuda --batch 8 --heads 32 --dense sdpa flash cudnn flex products]
 
-One query, one thread, float32. Selections rotate, since one that is used again lies in the cache of the processor. The
-dense side is torch's SDPA, and besides our own kernel over every key: SDPA decodes slowly on a CPU. Writes
-`speed/decode.json`.
+One query per head; one thread and float32 on a CPU, bfloat16 on a GPU. Selections rotate, since one that is used again
+lies in the cache of the processor. The dense side is torch's SDPA, and besides a good loop over every key: on a CPU our
+own kernel, since SDPA decodes slowly there; on a GPU flex_attention, which splits the keys of a head, and two plain
+products, since what our own code does there gathers. A rival that fails leaves its reason. Writes `speed/decode.json`.
 """
 
 from __future__ import annotations
@@ -13,32 +14,46 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.results_io import write_result
+from benchmarks.speed import rivals
+from benchmarks.speed.attention import precision
+from benchmarks.speed.rivals import Rival
 from benchmarks.speed.timing import take_turns
 from sparse_core import IndexMask, KVCache, decode_attention
 from sparse_core.methods.attention.tidal import TidalSchedule, TidalState
 
 PAGE = 16
+KINDS = ("random", "pages")
+Dense = Rival | Literal["own_dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """A cache of `length` keys, of which 1 / `share` are read."""
+    """A cache of `length` keys, of which 1 / `share` are read; `dense`: what reads all of them. The stack has one sequence
+    and half of the heads, so that its layers fit in memory."""
 
     length: int = 32768
+    batch: int = 1
     heads: int = 8
     width: int = 128
     share: int = 16
     layers: int = 12
     repeats: int = 12
+    device: str = "cpu"
+    dense: tuple[Dense, ...] = ("sdpa", "own_dense")
     case: str = "speed/decode"
+
+
+def draw(settings: Decode, generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers on the device, in what is computed in there."""
+    dtype = precision(settings.device)
+    return torch.randn(shape, generator=generator, device=settings.device, dtype=dtype)
 
 
 def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
@@ -49,94 +64,114 @@ def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
 
 def selections(settings: Decode, kind: str, count: int = 12) -> list[IndexMask]:
     """Random tokens, or random pages of 16, of every head."""
-    generator, page = torch.Generator().manual_seed(0), PAGE if kind == "pages" else 1
+    generator, page = torch.Generator(settings.device).manual_seed(0), PAGE if kind == "pages" else 1
     pages = settings.length // page
     found = []
     for _ in range(count):
-        order = torch.rand(1, settings.heads, 1, pages, generator=generator).argsort(-1)
+        shape = (settings.batch, settings.heads, 1, pages)
+        order = torch.rand(shape, generator=generator, device=settings.device).argsort(-1)
         chosen = order[..., : pages // settings.share]
         found.append(IndexMask.from_pages(chosen, page, settings.length))
     return found
 
 
 def compare(settings: Decode) -> dict[str, Any]:
-    """Milliseconds of one step: dense both ways, random tokens, random pages."""
-    generator = torch.Generator().manual_seed(1)
+    """Milliseconds of one step: dense in every way, random tokens, random pages; how many times faster those are than each
+    dense way and than the fastest; `failed`: the reasons of those that did not run."""
+    generator = torch.Generator(settings.device).manual_seed(1)
     q, k, v = (
-        torch.randn(1, settings.heads, n, settings.width, generator=generator)
+        draw(settings, generator, settings.batch, settings.heads, n, settings.width)
         for n in (1, settings.length, settings.length)
     )
-    every = IndexMask(
-        index=torch.arange(settings.length).expand(1, settings.heads, 1, -1), kv_len=settings.length
-    )
-    calls: dict[str, Callable[[], object]] = {
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
-        "own_dense": lambda: decode_attention(q, (k, v), every),
-    }
-    for kind in ("random", "pages"):
+    calls = {name: _dense_step(settings, name, q, k, v) for name in settings.dense}
+    for kind in KINDS:
         calls[kind] = in_turn([_step(q, k, v, chosen) for chosen in selections(settings, kind)])
-    took = take_turns(calls, settings.repeats)
-    for kind in ("random", "pages"):
-        print(
-            f"{kind}: {took['sdpa']:.1f} -> {took[kind]:.2f} ms, {took['sdpa'] / took[kind]:.1f}x over SDPA, "
-            f"{took['own_dense'] / took[kind]:.1f}x over a good dense loop"
-        )
-    return {
-        "ms": took,
-        "over_sdpa": {kind: took["sdpa"] / took[kind] for kind in ("random", "pages")},
-        "over_own_dense": {kind: took["own_dense"] / took[kind] for kind in ("random", "pages")},
-    }
+    if "flex" in settings.dense:
+        rivals.forget()
+    failed: dict[str, str] = {}
+    took = take_turns(calls, settings.repeats, settings.device, failed)
+    values: dict[str, Any] = {"ms": took, "failed": failed, "sdpa_backend": rivals.chosen_backend(q, k, v)}
+    dense = {name: took[name] for name in settings.dense if name in took}
+    if dense:
+        dense["best_dense"] = min(dense.values())
+    for name, ms in dense.items():
+        values[f"over_{name}"] = {kind: ms / took[kind] for kind in KINDS if kind in took}
+    for kind in KINDS:
+        if kind in took:
+            ratios = ", ".join(f"{ms / took[kind]:.1f}x over {name}" for name, ms in dense.items())
+            print(f"{kind}: {took[kind]:.2f} ms, {ratios}")
+    for name, why in failed.items():
+        print(f"{name} failed: {why}")
+    return values
+
+
+def _dense_step(settings: Decode, name: Dense, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    if name == "own_dense":
+        every = torch.arange(settings.length, device=settings.device).expand(1, settings.heads, 1, -1)
+        return _step(q, k, v, IndexMask(index=every, kv_len=settings.length))
+    attend = rivals.make(name, device=settings.device)
+    return lambda: attend(q, k, v)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, chosen: IndexMask) -> Callable[[], object]:
     return lambda: decode_attention(q, (k, v), chosen)
 
 
-def stack(settings: Decode) -> dict[str, float]:
+def stack(settings: Decode) -> dict[str, Any]:
     """Milliseconds of the attentions of one step through all layers: SDPA in each, and TidalDecode's schedule."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(settings.device).manual_seed(2)
     heads = settings.heads // 2  # so that twelve layers fit in memory
     caches = []
     for _ in range(settings.layers):
-        cache = KVCache(1, heads, settings.width)
+        cache = KVCache(1, heads, settings.width, device=settings.device, dtype=precision(settings.device))
         cache.append(
-            *(torch.randn(1, heads, settings.length, settings.width, generator=generator) for _ in range(2))
+            *(draw(settings, generator, 1, heads, settings.length, settings.width) for _ in range(2))
         )
         caches.append(cache)
-    q = torch.randn(settings.layers, 1, heads, 1, settings.width, generator=generator)
+    q = draw(settings, generator, settings.layers, 1, heads, 1, settings.width)
     schedule = TidalSchedule(num_layers=settings.layers, full=(0, 1), select=(2, 7), topk=256)
+    attend = rivals.make("sdpa", device=settings.device)
 
     def dense() -> None:
         for layer, cache in enumerate(caches):
-            F.scaled_dot_product_attention(q[layer], cache.keys, cache.values)
+            attend(q[layer], cache.keys, cache.values)
 
     pairs = [(cache.keys, cache.values) for cache in caches]
 
     def contiguous() -> None:
         for layer, (k, v) in enumerate(pairs):
-            F.scaled_dot_product_attention(q[layer], k, v)
+            attend(q[layer], k, v)
 
     def tidal() -> None:
         state = TidalState(schedule)
         for layer, cache in enumerate(caches):
             state.attend(layer, q[layer], cache)
 
+    failed: dict[str, str] = {}
     took = take_turns(
-        {"dense_from_cache": dense, "sdpa": contiguous, "tidal": tidal}, max(3, settings.repeats // 4)
+        {"dense_from_cache": dense, "sdpa": contiguous, "tidal": tidal},
+        max(3, settings.repeats // 4),
+        settings.device,
+        failed,
     )
-    print(
-        f"{settings.layers} layers: {took['sdpa']:.0f} -> {took['tidal']:.0f} ms, {took['sdpa'] / took['tidal']:.2f}x"
-    )
-    return took | {"times": took["sdpa"] / took["tidal"]}
+    if "sdpa" in took and "tidal" in took:
+        times = took["sdpa"] / took["tidal"]
+        print(f"{settings.layers} layers: {took['sdpa']:.1f} -> {took['tidal']:.1f} ms, {times:.2f}x")
+        return took | {"times": times, "failed": failed}
+    return took | {"failed": failed}
 
 
 def main(settings: Decode) -> None:
     """Measure and write the result file."""
     torch.set_num_threads(1)
-    began = time.perf_counter()
+    began, values = time.perf_counter(), {}
     with torch.no_grad():
-        values = {"step": compare(settings), "stack": stack(settings)}
-    print(write_result(settings.case, values, seconds=time.perf_counter() - began))
+        for name, measure in (("step", compare), ("stack", stack)):
+            values[name] = measure(settings)
+            path = write_result(
+                settings.case, values, seconds=time.perf_counter() - began, device=settings.device
+            )
+    print(path)
 
 
 if __name__ == "__main__":
