@@ -3,7 +3,7 @@
 A module `benchmarks/claims/<family>/<name>.py` holds
 
     CLAIM       one sentence, what must be seen
-    THRESHOLD   what decides, one sentence with the numbers; where the paper or the sheet gives none, why this one
+    THRESHOLD   what decides, one sentence with the numbers; where the paper gives none, why this one
     SEEDS       how many seeds a full run takes
     measure(seed) -> Trial
 
