@@ -1,7 +1,7 @@
 """Metrics: image quality, intervals for small samples, distances between feature sets."""
 
+from dataengine.quality import mask_iou, moving_mask, psnr, ssim, ssim_map
 from enerverse.metrics.frechet import frechet_distance
-from enerverse.metrics.images import mask_iou, moving_mask, psnr, ssim, ssim_map
 from enerverse.metrics.intervals import (
     Interval,
     bootstrap_mean,

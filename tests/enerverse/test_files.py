@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from dataengine import storage
 from enerverse import files
 from enerverse.environment import describe, device_name, versions
 
@@ -57,7 +58,7 @@ def test_full_disk_told_by_safetensors_is_understood(tmp_path, monkeypatch) -> N
     def save_file(*_args, **_kwargs) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(files, "save_file", save_file)
+    monkeypatch.setattr(storage, "save_file", save_file)
     with pytest.raises(OSError, match="the disk is full"):
         files.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
 
