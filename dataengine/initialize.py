@@ -40,6 +40,7 @@ def from_depth(
     poses: Tensor | None = None,
     *,
     spacing: float = 1.5,
+    degree: int = 0,
     generic: str = "born",
 ) -> Start:
     """Gaussians at the points that depth shows, one per cell of a grid.
@@ -50,6 +51,7 @@ def from_depth(
             loose (-1).
         poses: ``[T, n, 4, 4]`` of the bodies; their points of every frame are brought back to frame 0.
         spacing: side of a cell in pixels at the median depth.
+        degree: of the spherical harmonics.
         generic: which frames loose points come from: `born` every one, each for its own time, or `first` frame 0 alone.
 
     Raises:
@@ -81,7 +83,7 @@ def from_depth(
 
     first = torch.full((len(count),), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
     size = 0.5 * mean(width)
-    gaussians = Gaussians.from_points(mean(points), mean(colors), size, body=label[first])
+    gaussians = Gaussians.from_points(mean(points), mean(colors), size, body=label[first], degree=degree)
     return Start(gaussians=gaussians, born=time[first])
 
 
