@@ -30,7 +30,8 @@ def moving_pixels(views: Views) -> Tensor:
     moved = (views.images - median).abs().amax(-1) > MOVED
     if views.depth is not None:
         usual = views.depth.median(0).values
-        moved |= ((views.depth - usual).abs() > 0.02) & (views.depth > 0) & (usual > 0)
+        far = (views.depth - usual).abs() > 0.02 + 0.02 * usual  # stored depth is coarser where it is far
+        moved |= far & (views.depth > 0) & (usual > 0)
     return F.max_pool2d(moved.float(), 3, 1, 1) > 0
 
 

@@ -114,7 +114,7 @@ def measure(scene: Scene, views: Views, moving: Tensor | None = None) -> dict[st
 
 @torch.no_grad()
 def render_all(scene: Scene, views: Views) -> tuple[Tensor, Tensor, Tensor]:
-    """Images ``[T, V, H, W, 3]`` in [0, 1], depth and alpha ``[T, V, H, W]`` of every frame from the cameras of `views`."""
+    """Images ``[T, V, H, W, 3]`` in [0, 1], depth and alpha ``[T, V, H, W]`` from the cameras of `views`, every frame."""
     frames = [scene.render(views.cameras, frame) for frame in range(scene.frames)]
     images = torch.stack([frame.images for frame in frames]).clamp(0, 1)
     return (
