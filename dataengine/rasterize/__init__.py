@@ -20,8 +20,8 @@ from dataengine.rasterize.checks import check
 from dataengine.rasterize.steps import Settings, render
 from sparse_core.kernels.dispatch import installed
 
-Implementation = Literal["auto", "reference", "gsplat"]
-IMPLEMENTATIONS = ("reference", "gsplat")
+Implementation = Literal["auto", "reference", "numba", "gsplat"]
+IMPLEMENTATIONS = ("reference", "numba", "gsplat")
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def choose(name: str, means: Tensor) -> str:
         ("gsplat", (torch.float32,)) if means.is_cuda else ("numba", (torch.float32, torch.float64))
     )
     if name == "auto":
-        name = kernel if means.dtype in dtypes and means.is_cuda else "reference"
+        name = kernel if means.dtype in dtypes and (means.is_cuda or installed(kernel)) else "reference"
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"

@@ -128,4 +128,6 @@ def render(
         "tile_size": settings.tile_size, "tile_width": across, "tile_height": down, "n_batches": batch_size,
         "n_cameras": views,
     }  # fmt: skip
+    if "isect_offsets" in extra:
+        extra["isect_offsets"] = extra["isect_offsets"].reshape(*batch, views, down, across)
     return drawn, alphas, meta | extra
