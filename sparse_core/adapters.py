@@ -152,7 +152,8 @@ def attend_diffusers(
     if name == PLAIN:  # the same attention, with torch's function and without the scale
         fused = import_module(type(module.processor).__module__).AttnProcessor2_0()
         run = partial(fused, module, hidden_states, temb=options.get("temb"))
-    with Through(slot, module.scale if name == PLAIN else None) as through:
+    through = Through(slot, module.scale if name == PLAIN else None)
+    with through:
         out = run()
     if not through.used:
         slot.stay_dense(f"{name} did not call scaled_dot_product_attention on the tokens alone")
