@@ -44,9 +44,9 @@ def register(method: Method) -> Method:
     return method
 
 
-def configure(config: type[Settings], options: Mapping[str, Any]) -> Settings:
-    """`config` of these options; ValueError naming the closest for one that it does not have."""
-    names = [field.name for field in fields(config)]
+def configure(config: Callable[..., Settings], options: Mapping[str, Any]) -> Settings:
+    """The config class `config` with these options; ValueError naming the closest for one that it does not have."""
+    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
     for name in options:
         if name not in names:
             raise unknown("option", name, names)
@@ -72,8 +72,8 @@ def get_method(name: str) -> Method:
 def make_attention(
     name: str, *, heads: int = 1, kv_heads: int | None = None, width: int = 64, **options: Any
 ) -> Any:
-    """The method called `name` with these options of its config, ready to attend: an `AttentionLayer` where it serves whole
-    sequences, else what decodes by it.
+    """The method called `name` with these options of its config: an `AttentionLayer` where it serves whole sequences, else
+    what decodes by it.
 
     heads, kv_heads (as many unless given), width: of the tokens it will serve, for methods with weights or a pattern per
     head. Raises ValueError for an unknown name or option.

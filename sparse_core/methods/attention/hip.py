@@ -36,8 +36,8 @@ Read = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """budget, window, sink in tokens; block_q, block_k tokens per block; rep: `mid` or `first` block of a half stands for
-    it; q_stride: score only every so many query rows; refresh: decoding steps that share one search; dense_layers: the first
-    layers attend to everything, where a layer knows its place."""
+    it; q_stride: score only every so many query rows; refresh: decoding steps that share one search; dense_layers: so many
+    first layers attend to everything, where a layer knows its place."""
 
     budget: int = 512
     block_q: int = 32
