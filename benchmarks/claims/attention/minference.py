@@ -41,8 +41,9 @@ THRESHOLD = (
     f"Every planted type is found at {SHARE} of dense FLOPs; on an unseen prompt each chosen pattern keeps at least 0.75 "
     "of the attention, both as it is and scaled to those FLOPs; at least 0.95 of the planted columns are in the index; "
     "the output is that of the same mask dense, within 2e-5, and no scaled pattern costs more than those FLOPs, nor "
-    "one as it is more than a tenth above. The controls fail: the best vertical-slash keeps under 0.75 of the block "
-    "head's attention, and random blocks of equal work keep under 0.3, their share of the work being 0.2."
+    "one as it is more than twice as much (how many blocks diagonals meet differs by prompt). The controls fail: the "
+    "best vertical-slash keeps under 0.75 of the block head's attention, and random blocks of equal work keep under "
+    "0.3, their share of the work being 0.2."
 )
 SEEDS = 3
 CONFIG = Config()
