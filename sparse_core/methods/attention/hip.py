@@ -60,7 +60,9 @@ class Config:
         if self.rep not in ("mid", "first"):
             raise ValueError(f"rep: expected 'mid' or 'first', got {self.rep!r}")
         if min(self.window, self.sink, self.dense_layers) < 0 or min(self.q_stride, self.refresh) < 1:
-            raise ValueError("window, sink, dense_layers: expected 0 or more, and q_stride, refresh at least 1")
+            raise ValueError(
+                "window, sink, dense_layers: expected 0 or more, and q_stride, refresh at least 1"
+            )
 
     @property
     def nodes(self) -> int:
