@@ -18,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float) -> 
     """Output [B, H, Tq, D]; autograd follows the steps and keeps the gathered rows, never the scores of all pairs."""
     b, h, length, d = q.shape
     per_cluster = b * h * mask.q_index.shape[-1] * mask.k_index.shape[-1]
-    step = max(1, SCORES // per_cluster)
+    step = max(1, SCORES // max(1, per_cluster))
     parts = [
         _attend_clusters(q, k, v, mask, scale, first, min(first + step, mask.shape[2]))
         for first in range(0, mask.shape[2], step)
@@ -57,5 +57,5 @@ def _rows(x: Tensor, index: Tensor, heads: Tensor) -> Tensor:
     """Rows [N, C, w, D] of x [B, H, T, D] at index [N, C, w], from the head of (sample, head) order that `heads` [N]
     gives; empty places are 0, of which nothing may reach the sums, not even as 0 times NaN."""
     places = heads[:, None, None] * x.shape[2] + index.clamp_min(0)
-    found = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten()).view(*index.shape, -1)
+    found = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten()).view(*index.shape, x.shape[-1])
     return found.masked_fill((index < 0)[..., None], 0)

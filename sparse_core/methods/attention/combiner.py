@@ -29,7 +29,7 @@ from sparse_core import counters
 from sparse_core.attention.estimators import share_heads
 from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.merge import attend_part, merge_lse
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 Pool = Callable[[Tensor, Tensor], Tensor]
 """Of x [.., n, D] and which tokens there are, bool [.., n]: one vector per region, [.., D]."""
@@ -77,10 +77,14 @@ POOLS: dict[str, Pool] = {"max": _max, "mean": _mean, "sum": _sum}
 
 
 def combiner_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, pools: tuple[Pool, Pool] | None = None, **config: object
-) -> Tensor:
-    """[B, H, T, D] of q, k, v of that shape; keyword arguments are those of `Config`, `pools` for queries and keys."""
-    settings = Config(**config)  # type: ignore[arg-type]
+    q: Tensor, k: Tensor, v: Tensor, variant: str = "fixed", segment: int | None = None, pool: str = "max",
+    causal: bool = True, grid: tuple[int, int] | None = None, *, pools: tuple[Pool, Pool] | None = None,
+    **config: object,
+) -> Tensor:  # fmt: skip
+    """[B, H, T, D] of q, k, v of that shape; what else is given are the other fields of `Config`, `pools` for queries and
+    keys."""
+    given = {"variant": variant, "segment": segment, "pool": pool, "causal": causal, "grid": grid}
+    settings = configure(Config, {**given, **config})
     if not q.shape == k.shape == v.shape[:3] + q.shape[3:]:
         raise ValueError(
             f"q, k, v: expected one [B, H, T, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "

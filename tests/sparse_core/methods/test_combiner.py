@@ -219,6 +219,13 @@ def test_bad_input_is_refused(wrong, sentence):
         combiner_attention(*draw(), **wrong)
 
 
+def test_sizes_may_be_given_in_order():
+    q, k, v = draw()
+    assert torch.equal(combiner_attention(q, k, v, "fixed", 5), combiner_attention(q, k, v, segment=5))
+    with pytest.raises(ValueError, match="unknown option 'segmnt': did you mean 'segment'"):
+        combiner_attention(q, k, v, segmnt=5)
+
+
 def test_shapes_that_differ_are_refused():
     q, k, v = draw()
     with pytest.raises(ValueError, match=r"q, k, v: expected one \[B, H, T, D\], got"):

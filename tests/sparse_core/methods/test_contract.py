@@ -63,6 +63,34 @@ def test_any_length_both_ways_and_the_same_twice(name, length, causal):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_batch_of_none_is_none(name, causal):
+    tokens = [x.requires_grad_() for x in draw(37, batch=0)]
+    out = build(name, causal=causal)(*tokens)
+    out.sum().backward()
+    assert out.shape == tokens[0].shape
+    assert all(x.grad.shape == x.shape for x in tokens)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_a_method_is_made_by_its_name_and_options(name):
+    made = registry.make_attention(name, heads=4, width=16, **OPTIONS.get(name, {}))
+    layer = registry.get_method(name).layer
+    if layer is None:
+        assert isinstance(made, type(registry.get_method(name).make(registry.get_method(name).config())))
+        return
+    made.train()(*draw(64, seed=9))
+    out = made.eval()(*draw(37))
+    assert out.shape == (2, 4, 37, 16)
+    assert out.isfinite().all()
+
+
+def test_an_option_that_is_none_names_the_closest():
+    with pytest.raises(ValueError, match="unknown option 'bugdet': did you mean 'budget'"):
+        registry.make_attention("attention/hip", bugdet=3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_half_precision_comes_back_as_it_came(name):
     layer = build(name)
     out = layer(*draw(37, dtype=torch.bfloat16))

@@ -1,11 +1,14 @@
 """Double Sparsity: calibration, four-bit labels, what is chosen and read, plans on disk."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from sparse_core import counters
+from sparse_core.attention.layer import DenseAttention
 from sparse_core.kernels.label_scores import dequantise, quantise
 from sparse_core.methods.attention.double_sparsity import (
     ChannelPlan,
@@ -180,7 +183,9 @@ def test_bad_input_is_refused():
         calibrate_channels([], 4)
     with pytest.raises(ValueError, match="label_bits: expected 4 or 16, got 8"):
         Config(label_bits=8)
-    plan = ChannelPlan(channels=torch.zeros(1, 2, dtype=torch.long), width=8)
+    with pytest.raises(ValueError, match="label_bits: expected 4 or 16, got 8"):
+        DoubleSparseCache(calibrate_channels([draw()[:2]], 4), label_bits=8)
+    plan = ChannelPlan(channels=torch.arange(2)[None], width=8)
     with pytest.raises(ValueError, match="cache: expected at least one token, got none; prefill it first"):
         DoubleSparseCache(plan).select(torch.zeros(1, 1, 1, 8), 4)
     with pytest.raises(
@@ -194,4 +199,70 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="topk: expected at least one key, got 0"):
         fill(calibrate_channels([draw()[:2]], 4), *draw()[1:]).select(torch.zeros(1, 4, 1, WIDTH), 0)
     with pytest.raises(ValueError, match=r"channels: expected \[H, r\] of 0 to 7, got"):
-        ChannelPlan(channels=torch.full((1, 2), 8), width=8)
+        ChannelPlan(channels=torch.tensor([[7, 8]]), width=8)
+    with pytest.raises(ValueError, match="channels: expected whole numbers, int64, got torch.float32"):
+        ChannelPlan(channels=torch.tensor([[0.5, 1.2]]), width=8)
+    with pytest.raises(ValueError, match=r"channels: expected each once per head, got \[\[1, 1\]\]"):
+        ChannelPlan(channels=torch.tensor([[1, 1]]), width=8)
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    q, k, _ = draw()
+    with pytest.raises(
+        ValueError, match=r"pairs: expected queries and keys of the same tokens, got \[1, 4, 512, 64\]"
+    ):
+        calibrate_channels([(q, k[:, :, :20])], 4)
+    with pytest.raises(
+        ValueError, match="pairs: expected keys of 4 heads and 64 channels in all, got 2 and 64"
+    ):
+        calibrate_channels([(q, k), draw(kv_heads=2)[:2]], 4)
+    for strange in (torch.nan, torch.inf):
+        q[0, 1, 3, 5] = strange
+        with pytest.raises(ValueError, match="pairs: expected finite queries and keys, got NaN or infinity"):
+            calibrate_channels([(q, k)], 4)
+
+
+@pytest.mark.parametrize("label_bits", [4, 16])
+@pytest.mark.parametrize("strange", [1e6, torch.nan])
+def test_keys_that_labels_cannot_hold_are_refused_and_leave_the_cache_as_it_was(label_bits, strange):
+    q, k, v = draw()
+    plan = calibrate_channels([(q, k)], 8)
+    cache = fill(plan, k, v, label_bits=label_bits)
+    before = cache.select(q[:, :, -1:], 30).index
+    for channel in plan.channels[0, :2].tolist():
+        k[0, 0, 0, channel] = strange
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"k: expected keys of at most 65504 in the plan's channels, got {strange:g}; scale"),
+    ):
+        cache.append(k[:, :, :3], v[:, :, :3])
+    assert cache.shape[2] == LENGTH
+    assert torch.equal(cache.select(q[:, :, -1:], 30).index, before)
+
+
+class Two(nn.Module):
+    """Two attentions, the second with twice as large keys in reversed channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = DenseAttention(), DenseAttention()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        q, k = batch
+        return self.first(q, k, k) + self.second(q.flip(-1), 2 * k.flip(-1), k)
+
+
+def test_a_model_gives_a_plan_for_each_of_its_attentions():
+    model, batches = Two(), [draw(kv_heads=2, seed=seed)[:2] for seed in range(2)]
+    plans = calibrate_channels(model, 5, batches=batches)
+    assert list(plans) == ["first", "second"]
+    alone = calibrate_channels(batches, 5).channels
+    assert torch.equal(plans["first"].channels, alone)
+    assert torch.equal(plans["second"].channels, WIDTH - 1 - alone)
+    for plan in plans.values():
+        plan.validate(model)
+    with pytest.raises(ValueError, match="batches: expected what to run the model on, got none"):
+        calibrate_channels(model, 5)
+    with pytest.raises(ValueError, match="batches: expected at least one, got none"):
+        calibrate_channels(model, 5, batches=[])

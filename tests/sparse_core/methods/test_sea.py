@@ -274,7 +274,9 @@ def test_distilling_lowers_the_loss_and_changes_the_layer_alone():
 def test_a_single_layer_is_distilled_from_maps_given(tmp_path):
     batches = [(*x, full_attention(*x[:2], causal=False)) for x in (draw(seed=seed) for seed in range(3))]
     model, other = make(), make(seed=1)
-    assert len(distill(model, batches, steps=3)) == 3
+    assert len(distill(model, batches)) == 3
+    with pytest.raises(ValueError, match="steps: expected how many, or a loader with a length, got neither"):
+        distill(model, iter(batches))
     path = save_learned(tmp_path / "sea.safetensors", {"sea": model})
     with pytest.raises(
         ValueError, match="sea: expected seed 0, with which it was trained, got 1; make it so"
