@@ -152,7 +152,7 @@ def write_film(path: AnyPath, film: GaussianFilm, *, half: bool = False) -> Path
     Args:
         path: of the file, ending in .safetensors by custom.
         film: what to write.
-        half: keep tracks as differences from frame 0 in float16: half the size, to three decimal digits.
+        half: keep tracks as differences from frame 0 in float16, where they are finite: half the size, to three digits.
 
     Raises:
         OSError: a full disk.
@@ -161,8 +161,9 @@ def write_film(path: AnyPath, film: GaussianFilm, *, half: bool = False) -> Path
     tensors |= {"canonical.body": film.canonical.body, "motion": film.motion, "poses": film.poses}
     loose = film.motion == TRACKED
     for name, track in film.tracks.items():
-        if half:
-            tensors[f"differences.{name}"] = (track - getattr(film.canonical, name)[loose]).half()
+        difference = (track - getattr(film.canonical, name)[loose]).half() if half else None
+        if difference is not None and difference.isfinite().all():
+            tensors[f"differences.{name}"] = difference
         else:
             tensors[f"tracks.{name}"] = track
     cameras = {} if film.cameras is None else {"cameras": film.cameras.to_json()}
