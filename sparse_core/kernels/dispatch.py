@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -33,11 +34,16 @@ def find(
     package: str, name: str, device: torch.device, implementations: tuple[str, ...], function: str = "attend"
 ) -> Callable[..., Any]:
     """The function of an implementation of the operation in `package`, for `auto` the one that `choose` takes. Raises
-    ValueError for one that there is not."""
+    ValueError for one that there is not, and for one that does not run on the device."""
     chosen = choose(device, implementations) if name == "auto" else name
     if chosen not in implementations:
         raise ValueError(
             f"implementation: expected auto or one of {', '.join(implementations)}, got {name!r}"
+        )
+    if chosen == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "implementation: expected one for tensors on the cpu, got 'triton'; use 'auto', or set TRITON_INTERPRET=1 to "
+            "test its arithmetic"
         )
     log.info("%s runs as %s", package.rpartition(".")[2], chosen)
     return getattr(import_module(f"{package}.{chosen}"), function)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, Hq, D], log-sum-exp [B, Hq] and scores [B, Hq, n] of q [B, Hq, D] over the keys index [B, Hq, n]."""
+    """Output [B, Hq, D], log-sum-exp [B, Hq] and scores [B, Hq, n] of q [B, Hq, D] over the keys index [B, H, n]
+    of k, v [B, Hkv, T, D], where H is Hq, or fewer and a group of query heads shares each list."""
+    index = index[:, :, None].expand(-1, -1, q.shape[1] // index.shape[1], -1).flatten(1, 2)
     (b, hq, d), (hkv, length) = q.shape, k.shape[1:3]
     head = torch.arange(b * hq, device=q.device).view(b, hq, 1)
     base = (head // hq * hkv + head % hq // (hq // hkv)) * length

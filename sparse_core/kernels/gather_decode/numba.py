@@ -78,6 +78,7 @@ def decode(q, k, v, index, out, lse, found, sizes, scale, low, high):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, D] in the dtype of q, log-sum-exp [B, Hq] and scores [B, Hq, n] in float32; not differentiable."""
+    index = index[:, :, None].expand(-1, -1, q.shape[1] // index.shape[1], -1).flatten(1, 2)
     b, hq, d = q.shape
     spare = -d % VL
     near = [torch.nn.functional.pad(x.float(), (0, spare)).contiguous() if spare or x.dtype != torch.float32

@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, Hq, D], log-sum-exp [B, Hq] and scores [B, Hq, n] of q [B, Hq, D] over the keys index [B, Hq, n] of
-    k, v [B, Hkv, T, D]; entries below 0 are absent, and a head without any gives 0 and -inf."""
+    """Output [B, Hq, D], log-sum-exp [B, Hq] and scores [B, Hq, n] of q [B, Hq, D] over the keys index [B, H, n] of
+    k, v [B, Hkv, T, D], where H is Hq, or fewer and a group of query heads shares each list; entries below 0 are absent,
+    and a head without any gives 0 and -inf."""
+    index = index[:, :, None].expand(-1, -1, q.shape[1] // index.shape[1], -1).flatten(1, 2)
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
     rows = index.clamp_min(0)[..., None].expand(-1, -1, -1, k.shape[-1])
