@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from sparse_core.attention.masks.patterns import Rule, classify, distinct
 def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """The rule of a decoder: a query looks at itself and at what came before."""
     return i >= j
+
+
+def _exchanged(rule: Rule, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """A rule of the module, so that a mask which keeps its transpose can still be pickled."""
+    return rule(b, h, j, i)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -199,11 +204,14 @@ class BlockMask:
         )._settle()  # fmt: skip
 
     def transpose(self) -> BlockMask:
-        """Queries and keys exchanged: which query blocks look at each key block."""
-        rule = self.rule
+        """Queries and keys exchanged: which query blocks look at each key block. Made once."""
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> BlockMask:
         return BlockMask.from_dense_blocks(
             self.blocks.mT, full=self.full_blocks.mT, block_size=(self.block_size[1], self.block_size[0]),
-            q_len=self.kv_len, kv_len=self.q_len, rule=None if rule is None else lambda b, h, i, j: rule(b, h, j, i),
+            q_len=self.kv_len, kv_len=self.q_len, rule=None if self.rule is None else partial(_exchanged, self.rule),
         )  # fmt: skip
 
     def to_csr(self) -> tuple[Tensor, Tensor]:
@@ -309,9 +317,12 @@ class BlockMask:
         return float((seen & possible).sum() / possible.sum().clamp_min(1))
 
     def to(self, device: torch.device | str) -> BlockMask:
-        """The same mask with its lists on `device`."""
+        """The same mask with its lists on `device`; itself where they lie there, so that what it has worked out stays."""
         names = ("kv_num", "kv_idx", "full_kv_num", "full_kv_idx")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = {name: getattr(self, name).to(device) for name in names}
+        if all(moved[name] is getattr(self, name) for name in names):
+            return self
+        return replace(self, **moved)
 
     def _check_alike(self, other: BlockMask) -> None:
         if not isinstance(other, BlockMask):

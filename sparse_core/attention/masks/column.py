@@ -118,10 +118,11 @@ class ColumnBlockMask:
         return near | _or_into(loose, place, self.kv_len)
 
     def to(self, device: torch.device | str) -> ColumnBlockMask:
-        """The same mask on `device`."""
-        if torch.device(device) == self.columns.device:
+        """The same mask on `device`; itself where it lies there, so that what it has worked out stays."""
+        names = ("blocks", "columns", "listed", "full")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        if all(moved[name] is getattr(self, name) for name in names):
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("blocks", "columns", "listed", "full")}
         return replace(self, **moved, _loose={})
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 WAVES = 4  # programs that are wanted per processor: memory latency hides behind several of them
 MOST = 64  # parts of a list, which the merge holds at once
-GROUP = 32  # query heads per program, which hold a float32 output each
+GROUP = 32  # query heads per program, each with an output in its registers; half of them without matrix units
 TILE = 2**14  # bytes of keys that a program reads at once
 UNITS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -124,11 +124,12 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, group: int) -> dict[str, Any]:
     width = q.shape[-1]
     padded = max(16, triton.next_power_of_2(width))
     tile = min(128, max(16, TILE // (padded * max(k.element_size(), v.element_size()))))
-    rows = 1 if group == 1 else min(GROUP, max(16, triton.next_power_of_2(group)))
     unit = tl.float32
     # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-    if rows > 1 and q.dtype == k.dtype == v.dtype and (q.device.type != "cpu" or q.dtype == torch.float16):
+    if group > 1 and q.dtype == k.dtype == v.dtype and (q.device.type != "cpu" or q.dtype == torch.float16):
         unit = UNITS.get(q.dtype, unit)
+    most = GROUP // 2 if unit == tl.float32 else GROUP
+    rows = 1 if group == 1 else min(most, max(16, triton.next_power_of_2(group)))
     return {
         "k_token": k.stride(2), "v_token": v.stride(2), "width": width, "padded": padded, "rows": rows, "tile": tile,
         "unit": unit,

@@ -1,5 +1,8 @@
 """Block masks: every way to make one, every operation, against masks of single tokens."""
 
+import pickle
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +138,37 @@ def test_the_transpose_exchanges_queries_and_keys(rule):
     mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=rule, **LENGTHS)
     assert torch.equal(mask.transpose().to_token_mask(), mask.to_token_mask().mT)
     assert mask.transpose().block_size == (8, 16)
+
+
+def test_the_transpose_and_its_lists_are_made_once(monkeypatch):
+    mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=causal, **LENGTHS)
+    across, rows = mask.transpose(), mask.transpose().rows
+    monkeypatch.setattr(BlockMask, "from_dense_blocks", None)
+    assert mask.transpose() is across
+    assert all(a is b for a, b in zip(mask.transpose().rows, rows, strict=True))
+    assert torch.equal(pickle.loads(pickle.dumps(mask)).transpose().to_token_mask(), across.to_token_mask())
+
+
+def test_a_mask_that_is_there_already_stays_what_it_is():
+    mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=causal, **LENGTHS)
+    rows, across = mask.rows, mask.transpose()
+    assert mask.to(mask.kv_num.device) is mask
+    assert mask.to("cpu") is mask
+    assert mask.to("cpu").rows is rows
+    moved = mask.to("meta")
+    assert {x.device.type for x in (moved.kv_num, moved.kv_idx, moved.full_kv_num, moved.full_kv_idx)} == {
+        "meta"
+    }
+    assert not {"rows", "_transposed", "tiles"} & set(vars(moved))
+    assert mask.transpose() is across
+
+
+def test_what_a_mask_is_made_of_cannot_be_exchanged():
+    """What it has worked out would no longer be true."""
+    mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=causal, **LENGTHS)
+    for name in ("kv_num", "kv_idx", "full_kv_num", "full_kv_idx", "block_size", "q_len", "kv_len", "rule"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(mask, name, getattr(mask, name))
 
 
 @pytest.mark.parametrize("rule", [None, causal, near])

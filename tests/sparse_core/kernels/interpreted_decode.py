@@ -95,6 +95,7 @@ def main() -> None:
 
     q, k, v = (normal(2, h, t, 16) for h, t in ((40, 1), (1, 60), (1, 60)))
     agree("more queries of a list than a program takes", q, (k, v), lists(2, 1, 1, 50, kv_len=60))
+    agree("and in half precision", q.half(), (k.half(), v.half()), lists(2, 1, 1, 50, kv_len=60))
     q, k, v = (normal(2, h, t, 16) for h, t in ((4, 1), (4, 60), (4, 60)))
     agree("one list for all", q, (k, v), lists(1, 1, 1, 50, kv_len=60))
     empty = lists(2, 4, 1, 50, kv_len=60)
