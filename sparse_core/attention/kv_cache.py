@@ -71,8 +71,9 @@ class KVCache:
         return parts[0]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add n tokens [B, H, n, D]."""
+        """Add n tokens [B, H, n, D], without what they were computed from."""
         self._check(k, v)
+        k, v = k.detach(), v.detach()
         end = self.length + k.shape[2]
         self._open_pages(-(-end // self.page))
         self._write(self.length, k, v)

@@ -14,12 +14,20 @@ RANGES = 4  # per thread, since tasks may differ in length
 
 
 def threads() -> int:
-    """Threads that a call may use: `SPARSE_CORE_THREADS`, or as many as torch."""
-    return max(1, int(os.environ.get("SPARSE_CORE_THREADS", torch.get_num_threads())))
+    """Threads that a call may use: `SPARSE_CORE_THREADS`, or as many as torch. Raises ValueError where it is no number."""
+    asked = os.environ.get("SPARSE_CORE_THREADS")
+    if asked is None:
+        return torch.get_num_threads()
+    if not (asked.isascii() and asked.isdigit() and int(asked)):
+        raise ValueError(
+            f"SPARSE_CORE_THREADS: expected a whole number of at least 1, got {asked!r}; unset it for as many as torch"
+        )
+    return int(asked)
 
 
 @cache
-def _pool(size: int) -> ThreadPoolExecutor:
+def _pool(size: int, process: int) -> ThreadPoolExecutor:
+    """The threads of one process: a fork inherits the pool, but no thread that would ever do its work."""
     return ThreadPoolExecutor(size, thread_name_prefix="sparse_core")
 
 
@@ -47,4 +55,6 @@ def split(kernel: Any, arguments: tuple[Any, ...], tasks: int) -> None:
         return
     count = min(tasks, RANGES * parts)
     edges = [tasks * part // count for part in range(count + 1)]
-    list(_pool(parts).map(lambda low, high: kernel(*arguments, low, high), edges[:-1], edges[1:]))
+    list(
+        _pool(parts, os.getpid()).map(lambda low, high: kernel(*arguments, low, high), edges[:-1], edges[1:])
+    )

@@ -13,7 +13,7 @@ class IndexMask:
     """Single keys per query: index [B, H, Tq, n] int64 of keys, below 0 where a place is empty; kv_len keys in all.
 
     H may be that of the query heads, or of the key-value heads, whose whole group then shares the keys. A key that is
-    named twice counts once: its later places become empty. distinct: it is known that there are none such, and nobody looks.
+    named twice counts once: its later places become empty. distinct: it is known that there are none, and nobody looks.
     """
 
     index: Tensor
