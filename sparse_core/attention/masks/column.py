@@ -85,10 +85,8 @@ class ColumnBlockMask:
         samples, heads, n = self.columns.shape
         sample, head, c = b if samples > 1 else b * 0, h if heads > 1 else h * 0, c.clamp_max(n - 1)
         row = i // self.blocks.block_size[0]
-        listed, rule = self.listed[sample, head, row, c], self.blocks.rule
-        if rule is None:
-            return listed
-        return listed & (self.full[sample, head, row, c] | rule(b, h, i, self.columns[sample, head, c]))
+        listed, full = (x[sample, head, row, c] for x in (self.listed, self.full))
+        return listed & (full | self.blocks.decide(b, h, i, self.columns[sample, head, c]))
 
     def pairs(self) -> Tensor:
         """Kept pairs [B, H] of a query and a key."""

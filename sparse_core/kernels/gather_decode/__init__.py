@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_core import counters
-from sparse_core.kernels.dispatch import find
+from sparse_core.kernels.dispatch import call
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import IndexMask, SpanPlan
@@ -66,9 +66,15 @@ def decode_attention(
             multiply_adds=2 * kept * k.shape[-1],
             kv_bytes=2 * kept * k.shape[-1] * k.element_size(),
         )
-    if implementation == "auto" and torch.is_grad_enabled() and any(x.requires_grad for x in (q1, k, v)):
-        implementation = "gather"
-    results = find(__name__, implementation, q1.device, IMPLEMENTATIONS)(q1[:, :, 0], k, v, index, factor)
+        counters.reach(peak_tile_bytes=4 * q1.shape[0] * q1.shape[1] * index.shape[-1])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q1, k, v)):
+        if implementation in ("numba", "triton"):
+            raise ValueError(
+                f"q1, cache: expected none that needs a gradient for {implementation}, got one; use "
+                "implementation='gather'"
+            )
+        implementation = "gather" if implementation == "auto" else implementation
+    results = call(__name__, implementation, IMPLEMENTATIONS, q1[:, :, 0], k, v, index, factor)
     wanted = [part for part, asked in zip(results, (True, return_lse, return_scores), strict=True) if asked]
     return tuple(part[:, :, None] for part in wanted) if len(wanted) > 1 else wanted[0][:, :, None]
 

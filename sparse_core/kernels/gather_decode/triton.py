@@ -146,11 +146,7 @@ def _parts(programs: int, n: int, tile: int, device: torch.device) -> tuple[int,
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, D] in the dtype of q, log-sum-exp [B, Hq] and scores [B, Hq, n] in float32 of q [B, Hq, D] over the
     keys index [B, H, n] of k, v [B, Hkv, T, D], where H is Hq, or fewer and a group of query heads shares each list and
-    what it names. Raises ValueError where a gradient is asked for, since there is none."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError(
-            "q1, cache: expected none that needs a gradient for triton, got one; use implementation='gather'"
-        )
+    what it names; not differentiable."""
     (b, hq, d), (lists, n) = q.shape, index.shape[1:]
     q = q.contiguous()
     k, v, index = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v, index))

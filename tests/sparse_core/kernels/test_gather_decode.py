@@ -159,6 +159,7 @@ def test_scores_are_those_of_the_named_keys(implementation):
     index = torch.randint(-1, 30, (2, 4, 1, 7), generator=generator)
     index[0, 0] = -1
     mask = IndexMask(index=index, kv_len=30)
+    index = mask.index
     out, lse, scores = decode_attention(
         q, (k, k), mask, return_lse=True, return_scores=True, implementation=implementation
     )
