@@ -143,7 +143,8 @@ def _fixed(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, P
     seen = other < own if config.causal else other != own
     far = (q.flatten(2, 3) @ kbar.mT + _bias(config, there)).unflatten(2, (-1, b))
     regions = attend_part(far.masked_fill(~seen[:, None], -torch.inf), vbar[:, :, None])
-    _count(q.shape[0] * q.shape[1] * (length + spare) * (b + segments), q.shape[-1])
+    # The 1: in the summary of its region every key meets one query.
+    _count(q.shape[0] * q.shape[1] * (length + spare) * (b + segments + 1), q.shape[-1])
     return merge_lse([direct, regions])[0].flatten(2, 3)[:, :, :length]
 
 
@@ -184,13 +185,14 @@ def _axial(config: Config, q: Tensor, k: Tensor, v: Tensor, pools: tuple[Pool, P
     column = attend_part((down[0] @ down[1].mT).masked_fill(~beyond, -torch.inf), down[2])
     parts.append((column[0].transpose(2, 3), column[1].transpose(2, 3)))
     other = ~torch.eye(columns, dtype=torch.bool, device=device)
-    for there in [above.tril(-1)] if config.causal else [above.tril(-1), above.triu(1)]:
+    sides = [above.tril(-1)] if config.causal else [above.tril(-1), above.triu(1)]
+    for there in sides:
         # A region per (row, column): the tokens of that column above the row, or below it.
         near = [x[:, :, :, None].expand(-1, -1, -1, rows, -1, -1) for x in down]
         kbar, vbar = _summaries(near[0], near[1], near[2], there, pools)  # [B, H, columns, rows, D]
         score = q @ kbar.transpose(2, 3).mT + _bias(config, there)[:, None, None]
         parts.append(attend_part(score.masked_fill(~other, -torch.inf), vbar.transpose(2, 3)))
-    _count(q.shape[0] * q.shape[1] * rows * columns * (2 * columns + 2 * rows), q.shape[-1])
+    _count(q.shape[0] * q.shape[1] * rows * columns * (rows + columns) * (1 + len(sides)), q.shape[-1])
     return merge_lse(parts)[0].flatten(2, 3)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_core import counters
 from sparse_core.attention.merge import attend_part, merge_lse
@@ -178,10 +179,19 @@ def test_cost_is_far_below_dense():
     q, k, v = (x[:1, :1] for x in draw(4096))
     with counters.count() as counter:
         combiner_attention(q, k, v)
-    assert counter.products == 4096 * (64 + 64)
+    assert counter.products == 4096 * (64 + 64 + 1)
     with counters.count() as counter:
         combiner_attention(q, k, v, variant="logsparse")
     assert counter.products < 4096 * 26
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "logsparse"])
+@pytest.mark.parametrize("length", [24, 22])
+def test_what_is_counted_is_what_is_multiplied(variant, length):
+    config = {**VARIANTS[variant], **({"grid": (length // 2, 2)} if "axial" in variant else {})}
+    with counters.count() as counter, FlopCounterMode(display=False) as meter:
+        combiner_attention(*draw(length), **config)
+    assert meter.get_total_flops() == 2 * counter.multiply_adds > 0
 
 
 def test_parts_merge_to_the_whole():
