@@ -8,7 +8,10 @@ of every key once more, side by side and in four bits. In decoding
 so a step reads T r half bytes and 2 k D numbers instead of 2 T D. Query heads that share keys share the channels:
 importance is summed over the group. Calibrate with queries and keys as attention sees them, after a rotary embedding.
 
-Fidelity: exact. Prefetching for offloaded caches is `select` with the query of the layer below.
+A cache in host memory is read ahead (`Prefetch`): with the query that the hidden state of layer l gives for layer l + 1,
+much like its own, the keys of that layer are chosen and moved while layer l attends; two layers are under way at most.
+
+Fidelity: exact. On CUDA the rows to move are gathered by a thread of the host, not by a kernel that reads pinned memory.
 """
 
 from __future__ import annotations
@@ -32,10 +35,15 @@ from sparse_core.attention.calibrate import (
 )
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
+from sparse_core.attention.prefetch import Prefetch
 from sparse_core.kernels.gather_decode import decode_attention
 from sparse_core.kernels.label_scores import label_scores, quantise
 from sparse_core.registry import Method, register
 
+__all__ = [
+    "METHOD", "ChannelPlan", "Config", "DoubleSparseCache", "DoubleSparsity", "Prefetch", "calibrate_channels",
+    "double_sparse_decode",
+]  # fmt: skip
 BITS = (4, 16)  # of a label
 LARGEST = 65504.0  # of a label: labels, or their least and their step, are float16
 
@@ -247,9 +255,24 @@ def double_sparse_decode(
 class DoubleSparsity(nn.Module):
     """Decoding by layers: the first ones dense, the others over the keys that their labels choose."""
 
-    def __init__(self, config: Config | None = None, num_heads: int = 0):
+    def __init__(self, config: Config | None = None):
         super().__init__()
         self.config = config or Config()
+
+    def calibrate(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], model: nn.Module | None = None
+    ) -> ChannelPlan:
+        """The plan of one layer with the config's number of channels; see `calibrate_channels`."""
+        return calibrate_channels(pairs, self.config.channels, model)
+
+    def cache(self, plan: ChannelPlan, batch: int = 1, **options: Any) -> DoubleSparseCache:
+        """An empty cache of a layer with labels as the config has them; options are those of `KVCache`. ValueError for a
+        plan of another number of channels."""
+        if plan.channels.shape[1] != self.config.channels:
+            raise ValueError(
+                f"plan: expected {self.config.channels} channels per head, got {plan.channels.shape[1]}; calibrate again"
+            )
+        return DoubleSparseCache(plan, batch, label_bits=self.config.label_bits, **options)
 
     def decode(self, layer: int, q1: Tensor, cache: DoubleSparseCache) -> Tensor:
         """[B, Hq, 1, D]."""

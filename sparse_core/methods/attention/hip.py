@@ -223,7 +223,9 @@ class HiPAttention(AttentionLayer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """[B, Hq, T, D]."""
-        return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
+        # The kernel for a GPU multiplies 16 keys at least, so smaller blocks are gathered there.
+        way = "gather" if q.is_cuda and min(mask.block_size) < 16 else "auto"
+        return block_sparse_attention(q, k, v, mask, implementation=way)  # type: ignore[return-value]
 
     def decode(self, q1: Tensor, cache: KVCache, state: Search) -> Tensor:
         """[B, Hq, 1, D] of the newest token, whose key and value are in the cache; every `refresh` steps it searches again

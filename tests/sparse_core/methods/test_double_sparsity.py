@@ -1,6 +1,7 @@
 """Double Sparsity: calibration, four-bit labels, what is chosen and read, plans on disk."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparse_core import counters
+from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.layer import DenseAttention
+from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels.label_scores import dequantise, quantise
 from sparse_core.methods.attention.double_sparsity import (
     ChannelPlan,
     Config,
     DoubleSparseCache,
     DoubleSparsity,
+    Prefetch,
     calibrate_channels,
     double_sparse_decode,
 )
@@ -133,6 +137,64 @@ def test_a_choice_made_earlier_may_be_used():
     selection = cache.select(q[:, :, -2:-1], 40)
     ours = double_sparse_decode(q[:, :, -1:], cache, 40, selection)
     assert not torch.allclose(ours, double_sparse_decode(q[:, :, -1:], cache, 40), atol=1e-4)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_keys_are_moved_one_layer_ahead_by_another_thread(offload, kv_heads, monkeypatch):
+    layers = [draw(kv_heads=kv_heads, seed=seed) for seed in range(4)]
+    plan = calibrate_channels([layers[0][:2]], 8)
+    caches = [fill(plan, k, v, offload=offload) for _, k, v in layers]
+    guesses, queries = ([q[:, :, at : at + 1] for q, _, _ in layers] for at in (LENGTH - 2, LENGTH - 1))
+    movers = []
+
+    def rows(cache, index):
+        movers.append((index.shape[2], threading.current_thread().name))
+        return KVCache.rows(cache, index)
+
+    monkeypatch.setattr(DoubleSparseCache, "rows", rows)
+    with Prefetch(caches, 40) as ahead:
+        ahead.start(0, guesses[0])
+        for layer, (q1, cache) in enumerate(zip(queries, caches, strict=True)):
+            if layer + 1 < len(caches):
+                ahead.start(layer + 1, guesses[layer + 1])
+            chosen = cache.select(guesses[layer], 40)
+            cache.append(*(x[:, :, :1] for x in layers[layer][1:]))  # the newest token comes after the start
+            newest = torch.full((1, 4, 1, 1), cache.length - 1)
+            wanted = IndexMask(index=torch.cat([chosen.index, newest], -1), kv_len=cache.length)
+            exact = double_sparse_decode(q1, cache, 40, wanted)
+            torch.testing.assert_close(ahead.decode(layer, q1), exact, atol=2e-6, rtol=1e-5)
+    moved = [name for count, name in movers if count == 40 * 4 // kv_heads]
+    assert len(moved) == 4
+    assert all(name.startswith("prefetch") for name in moved)
+
+
+def test_no_more_than_two_layers_are_under_way():
+    q, k, v = draw()
+    caches = [fill(calibrate_channels([(q, k)], 8), k, v) for _ in range(3)]
+    with Prefetch(caches, 16) as ahead:
+        with pytest.raises(
+            RuntimeError, match="decode: expected layer 1 to be on its way, got none; start it"
+        ):
+            ahead.decode(1, q[:, :, -1:])
+        for layer in (0, 1):
+            ahead.start(layer, q[:, :, -1:])
+        with pytest.raises(RuntimeError, match=r"start: expected at most two layers under way, got \[0, 1\]"):
+            ahead.start(2, q[:, :, -1:])
+
+
+def test_the_method_reads_every_field_of_its_config():
+    q, k, v = draw()
+    method = DoubleSparsity(Config(channels=5, label_bits=16, topk=40, dense_layers=0))
+    plan = method.calibrate([(q, k)])
+    assert plan.channels.shape == (4, 5)
+    cache = method.cache(plan)
+    cache.append(k, v)
+    assert (cache.label_bits, cache.labels.shape[-1]) == (16, 5)
+    expected = double_sparse_decode(q[:, :, -1:], cache, 40)
+    assert torch.equal(method.decode(0, q[:, :, -1:], cache), expected)
+    with pytest.raises(ValueError, match="plan: expected 5 channels per head, got 4; calibrate again"):
+        method.cache(calibrate_channels([(q, k)], 4))
 
 
 def test_early_layers_are_dense():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_core import AttentionSlot, counters, registry, sparsify
 from sparse_core.distill import full_attention, load_learned, save_learned
@@ -219,6 +220,15 @@ def test_cost_grows_with_tokens_and_not_with_their_square(causal):
         assert largest.numel < 300 * length
         found[length] = counter.multiply_adds
     assert found[2048] < 2.1 * found[1024]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_choosing_counts_is_what_it_multiplies(causal):
+    q, k, v = draw(length=150)
+    layer = make(causal=causal).eval()
+    with counters.count() as counter, FlopCounterMode(display=False) as meter:
+        layer.make_mask(q, k, v)
+    assert meter.get_total_flops() == 2 * counter.multiply_adds > 0
 
 
 def test_choosing_costs_no_products_of_queries_and_keys():
