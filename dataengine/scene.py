@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,16 @@ class Scene(nn.Module):
     def render(self, cameras: Cameras, frame: int, **options: Any) -> Rendering:
         """What `cameras` see at a frame; `options` go to the rasteriser."""
         return render(self.at(frame), cameras.at(frame), self.background, **options)
+
+    def with_more(self, gaussians: Gaussians, frame: int = 0) -> Scene:
+        """A scene with these Gaussians besides, seen at `frame`; those it had keep what they learned."""
+        born = torch.full((len(gaussians),), frame)
+        added = gaussians.parameters() | self.motion.start(gaussians, born) | {"body": gaussians.body}
+        scene = copy.deepcopy(self)
+        for name, value in self.params.items():
+            both = torch.cat([value.detach(), added[name].to(value.dtype)])
+            scene.params[name] = nn.Parameter(both, requires_grad=value.requires_grad)
+        return scene
 
     def save(self, path: AnyPath) -> Path:
         """Write the scene to one safetensors file."""
