@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sparse_core.attention.layer import AttentionLayer
 from sparse_core.errors import unknown
 
+Settings = TypeVar("Settings")
 FAMILIES = ("attention",)
 _methods: dict[str, Method] = {}
 
@@ -60,6 +61,15 @@ def register(method: Method) -> Method:
     return method
 
 
+def configure(config: Callable[..., Settings], options: Mapping[str, Any]) -> Settings:
+    """The config class `config` with these options; ValueError naming the closest for one that it does not have."""
+    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in names:
+            raise unknown("option", name, names)
+    return config(**options)
+
+
 def list_methods() -> list[str]:
     """Names of all methods, sorted."""
     for family in FAMILIES:
@@ -78,3 +88,19 @@ def get_method(name: str) -> Method:
             raise unknown("method", name, names if "/" in str(name) else short)
         name = short.get(name, name)
     return _methods[name]
+
+
+def make_attention(
+    name: str, *, heads: int = 1, kv_heads: int | None = None, width: int = 64, **options: Any
+) -> Any:
+    """The method called `name` with these options of its config: an `AttentionLayer` where it serves whole sequences, else
+    what decodes by it.
+
+    heads, kv_heads (as many unless given), width: of the tokens it will serve, for methods with weights or a pattern per
+    head. Raises ValueError for an unknown name or option.
+    """
+    method = get_method(name)
+    config = configure(method.config, options)
+    if method.layer is None:
+        return method.make(config)
+    return method.layer(config, heads, kv_heads or heads, width)

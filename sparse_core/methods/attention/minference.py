@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class Pattern:
             raise KeyError(f"pattern: expected one of {', '.join(KINDS)}, got {self.kind!r}")
         if len(self.sizes) != len(KINDS[self.kind]) or min(self.sizes) < 0 or max(self.sizes) < 1:
             raise ValueError(f"{self.kind}: expected {' and '.join(KINDS[self.kind])}, got {self.sizes}")
+        if not all(isinstance(size, int) for size in self.sizes):
+            raise ValueError(f"{self.kind}: expected whole sizes, got {self.sizes}")
 
     def scaled(self, largest: int) -> Pattern:
         """The same proportions with `largest` as the largest size."""
@@ -128,17 +130,29 @@ class HeadPlan:
     @classmethod
     def load(cls, path: str | Path) -> HeadPlan:
         """Read a plan. Raises ValueError naming the file where it is none, KeyError for a pattern that there is not."""
-
-        def rows(data: dict) -> tuple[list, str]:
-            return [(kind, (a, b), score) for kind, a, b, score in data["heads"].values()], data["model"]
-
-        heads, model = read_plan(path, "head plan", rows)
-        patterns = tuple(Pattern(kind, sizes[: len(KINDS.get(kind, ()))]) for kind, sizes, _ in heads)
-        return cls(patterns=patterns, scores=tuple(score for _, _, score in heads), model=model)
+        rows, model = read_plan(path, "head plan", _read_heads)
+        patterns = tuple(Pattern(kind, sizes) for kind, sizes, _ in rows)
+        return cls(patterns=patterns, scores=tuple(score for _, _, score in rows), model=model)
 
     def validate(self, model: nn.Module) -> None:
         """ValueError where the plan was made for another model."""
         check_model(self.model, model)
+
+
+def _read_heads(data: dict[str, Any]) -> tuple[list[tuple[str, tuple[int, ...], float]], str]:
+    """Kind, sizes and score of every head in order, and the model, of what `HeadPlan.save` wrote; an unknown kind is left
+    to `Pattern`."""
+    heads, rows = data["heads"], []
+    order = sorted(heads, key=int)
+    if not order or order != [str(head) for head in range(len(order))]:
+        raise ValueError(f"heads {', '.join(order) or 'none'} instead of 0, 1, ..")
+    for head in order:
+        kind, first, second, score = heads[head]
+        sizes = (first, second)[: len(KINDS.get(kind, ()))]
+        if kind in KINDS:
+            Pattern(kind, sizes)
+        rows.append((kind, sizes, float(score)))
+    return rows, data["model"]
 
 
 def vertical_slash_index(
@@ -221,7 +235,9 @@ def _top_blocks(q: Tensor, k: Tensor, top: int, grid: _Grid, is_causal: bool) ->
     block, fine = grid.size
     scores = MeanPool(block).score(q, k)
     if is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+        )
     return select.topk(scores, top).repeat_interleave(block // fine, -1)[..., : len(grid.j0)]
 
 
@@ -272,6 +288,7 @@ def search_patterns(
     Every candidate is scaled to `flops_budget` floating-point operations per head and sample, and run; of equal ones the
     earlier wins. Raises ValueError where no candidate can be made so small.
     """
+    _check_groups(q, k)
     settings, patterns, scores = config or Config(), [], []
     group = q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
@@ -292,6 +309,13 @@ def search_patterns(
         scores.append(score)
     signed = model_hash(model) if model is not None else ""
     return HeadPlan(patterns=tuple(patterns), scores=tuple(scores), model=signed)
+
+
+def _check_groups(q: Tensor, k: Tensor) -> None:
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"heads: expected a multiple of the {k.shape[1]} key-value heads, got {q.shape[1]} query heads"
+        )
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, config: Config) -> tuple[Tensor, Tensor]:
@@ -347,10 +371,7 @@ class MInferencePrefill(AttentionLayer):
             raise ValueError(
                 f"k: expected as many keys as the {length} queries of a prompt, got {k.shape[2]}"
             )
-        if heads % k.shape[1]:
-            raise ValueError(
-                f"heads: expected a multiple of the {k.shape[1]} key-value heads, got {heads} query heads"
-            )
+        _check_groups(q, k)
         _check_heads(self.plan, heads)
         return pattern_mask(q, k, self._patterns(heads, length), self.config)
 

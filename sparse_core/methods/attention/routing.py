@@ -38,7 +38,7 @@ from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, ClusterMask, window_mask
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.segment_attention import segment_attention
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,11 @@ class RoutingAttention(nn.Module):
         commitment: float = 1e-4, **options: object,
     ):  # fmt: skip
         super().__init__()
-        self.config = config = Config(
-            num_clusters=num_clusters, window=window, local_heads=local_heads, causal=causal, shared_qk=shared_qk,
-            decay=decay, commitment=commitment, **options,  # type: ignore[arg-type]
-        )  # fmt: skip
+        given = {
+            "num_clusters": num_clusters, "window": window, "local_heads": local_heads, "causal": causal,
+            "shared_qk": shared_qk, "decay": decay, "commitment": commitment,
+        }  # fmt: skip
+        self.config = config = configure(Config, {**given, **options})
         self.num_heads, self.local_heads = num_heads, num_heads // 2 if local_heads is None else local_heads
         if not 0 <= self.local_heads < num_heads:
             raise ValueError(

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.layer import AttentionLayer
-from sparse_core.attention.masks import BlockMask, IndexMask, causal
+from sparse_core.attention.masks import BlockMask, IndexMask
+from sparse_core.attention.masks import causal as causal_rule
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.gather_decode import decode_attention
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +52,20 @@ class Config:
 
 
 def local_stride_mask(
-    num_heads: int, seq_len: int, *, num_kv_heads: int | None = None, device: torch.device | str = "cpu",
-    active_head_range: tuple[int, int] | None = None, **config: object,
+    num_heads: int, seq_len: int, block: int = 64, local_blocks: int = 16, stride: int = 8,
+    num_kv_heads: int | None = None, num_dense_heads: int = 0, causal: bool = True, *,
+    device: torch.device | str = "cpu", active_head_range: tuple[int, int] | None = None, **config: object,
 ) -> BlockMask:  # fmt: skip
-    """The mask of `num_heads` query heads over `seq_len` tokens; keyword arguments are those of `Config`.
+    """The mask of `num_heads` query heads over `seq_len` tokens; what else is given are the other fields of `Config`.
 
     active_head_range: only these query heads, first and past the last, as a rank of a tensor-parallel model needs them.
     Warns where the heads together leave out blocks. Raises ValueError for head counts that do not divide.
     """
-    settings, kv_heads = Config(**config), num_kv_heads or num_heads  # type: ignore[arg-type]
+    given = {
+        "block": block, "local_blocks": local_blocks, "stride": stride, "num_dense_heads": num_dense_heads,
+        "causal": causal,
+    }  # fmt: skip
+    settings, kv_heads = configure(Config, {**given, **config}), num_kv_heads or num_heads
     kept = _shards(settings, kv_heads, -(-seq_len // settings.block), device)
     if num_heads % kv_heads:
         raise ValueError(f"num_heads: expected a multiple of the {kv_heads} key-value heads, got {num_heads}")
@@ -72,7 +78,7 @@ def local_stride_mask(
     diagonal = torch.eye(kept.shape[-1], dtype=torch.bool, device=kept.device)
     mask = BlockMask.from_dense_blocks(
         kept[None, first:last], full=kept[None, first:last] & ~diagonal if settings.causal else None,
-        rule=causal if settings.causal else None, block_size=settings.block, q_len=seq_len, kv_len=seq_len,
+        rule=causal_rule if settings.causal else None, block_size=settings.block, q_len=seq_len, kv_len=seq_len,
     )  # fmt: skip
     possible = (
         diagonal.new_ones(diagonal.shape).tril() if settings.causal else diagonal.new_ones(diagonal.shape)

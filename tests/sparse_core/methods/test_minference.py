@@ -376,6 +376,10 @@ REFUSED = {
     "k: expected as many keys as the 50 queries of a prompt, got 40": lambda: MInferencePrefill()(
         draw(50)[0], *draw(40)[1:]
     ),
+    "heads: expected a multiple of the 2 key-value heads, got 3 query heads": lambda: search_patterns(
+        *draw(50, heads=3), CANDIDATES, 1e9
+    ),
+    r"a_shape: expected whole sizes, got \(1.5, 2\)": lambda: Pattern("a_shape", (1.5, 2)),
     "heads: expected a multiple of the 3 key-value heads, got 4 query heads": lambda: MInferencePrefill()(
         draw(50)[0], *draw(50, kv_heads=3)[1:]
     ),

@@ -61,6 +61,14 @@ def test_heads_cover_everything_only_if_their_offsets_hit_every_residue(heads, s
     assert any("leave out" in str(warning.message) for warning in caught) != whole
 
 
+def test_sizes_may_be_given_in_order():
+    ours = local_stride_mask(8, 1024, 64, 4, 8, 4, 1)
+    named = local_stride_mask(8, 1024, block=64, local_blocks=4, stride=8, num_kv_heads=4, num_dense_heads=1)
+    assert torch.equal(ours.blocks, named.blocks)
+    with pytest.raises(ValueError, match="unknown option 'strid': did you mean 'stride'"):
+        local_stride_mask(8, 1024, strid=4)
+
+
 def test_one_pattern_for_all_heads_covers_a_quarter():
     mask = local_stride_mask(8, 64 * 16, block=16, local_blocks=4, stride=8, one_pattern=True)
     everything = local_stride_mask(1, 64 * 16, block=16, local_blocks=64, stride=1)
