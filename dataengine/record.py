@@ -40,6 +40,7 @@ class _Observation:
     state: NDArray[np.float32]
     depth: Mapping[str, Any] | None
     segmentation: Mapping[str, Any] | None
+    body_ids: Mapping[str, Any] | None
 
 
 def record(
@@ -66,10 +67,10 @@ def record(
 
     Args:
         env: a Gymnasium environment. Observations are either ``{"images": {view: uint8}, "state": [S]}`` with
-            optional ``"depth"`` and ``"segmentation"`` per view, or an array, which is the state, while
-            ``env.render()`` (made with ``render_mode="rgb_array"``) is the view ``"render"``. Used from
-            ``info`` where present: ``task``, ``is_success``, ``cameras``, ``privileged`` (and any other name
-            that the writer lists in ``extra``).
+            optional ``"depth"``, ``"segmentation"`` and ``"bodies"`` (ids) per view, or an array, which is the
+            state, while ``env.render()`` (made with ``render_mode="rgb_array"``) is the view ``"render"``. Used
+            from ``info`` where present: ``task``, ``is_success``, ``cameras``, ``bodies``, ``privileged`` (and
+            any other name that the writer lists in ``extra``).
         policy: an object with ``act(obs, info)`` and optionally ``reset(seed)``, or a function of ``(obs,
             info)``. It returns the action, or ``(executed, clean)`` where ``clean`` is the label without
             exploration noise; it is stored in the extra column ``action.clean`` when the writer has one
@@ -185,7 +186,11 @@ def _observe(env: Any, obs: Any) -> _Observation:
                 "adapter"
             )
         return _Observation(
-            dict(obs["images"]), _as_vector(obs["state"]), obs.get("depth"), obs.get("segmentation")
+            dict(obs["images"]),
+            _as_vector(obs["state"]),
+            obs.get("depth"),
+            obs.get("segmentation"),
+            obs.get("bodies"),
         )
     image = env.render()
     if not isinstance(image, np.ndarray):
@@ -193,7 +198,7 @@ def _observe(env: Any, obs: Any) -> _Observation:
             f"env: expected an image from render(), got {type(image).__name__}; make the environment with "
             "render_mode='rgb_array'"
         )
-    return _Observation({RENDER_VIEW: image}, _as_vector(obs), None, None)
+    return _Observation({RENDER_VIEW: image}, _as_vector(obs), None, None, None)
 
 
 def _add(
@@ -216,6 +221,8 @@ def _add(
         cameras=_cameras(info, spec.views),
         depth=seen.depth if spec.depth else None,
         segmentation=seen.segmentation if spec.segmentation else None,
+        bodies=info.get("bodies") if spec.bodies else None,
+        body_ids=seen.body_ids if spec.body_ids else None,
         extra=extra,
     )
 
@@ -259,5 +266,7 @@ def writer_arguments(env: Any, *, seed: int = 0, clean_action: bool = True) -> d
         "depth": seen.depth is not None,
         "segmentation": seen.segmentation is not None,
         "cameras": info.get("cameras") is not None,
+        "bodies": tuple(info.get("bodies", ())),
+        "body_ids": "bodies" in info and seen.body_ids is not None,
         "extra": extra,
     }

@@ -20,7 +20,7 @@ import numpy as np
 
 from sims.errors import RenderingError, expect_name
 
-MODALITIES = ("rgb", "depth", "segmentation")
+MODALITIES = ("rgb", "depth", "segmentation", "bodies")
 MAX_GEOMS = 200
 GL_ADVICE = (
     "rendering: expected a working OpenGL off-screen context, got {problem}; install the system packages "
@@ -102,7 +102,7 @@ class SharedRenderer:
     def render(
         self, model: mujoco.MjModel, data: mujoco.MjData, camera: int, modality: str, size: int
     ) -> np.ndarray:
-        """One picture: rgb uint8 [P, P, 3], depth float32 [P, P] in metres, segmentation int32 [P, P] geom
+        """One picture: rgb uint8 [P, P, 3], depth float32 [P, P] in metres, segmentation and bodies int32 [P, P] geom
         id or -1.
         """
         expect_name(modality, MODALITIES, "modality")

@@ -17,13 +17,27 @@ _methods: dict[str, Method] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """An attention that gets a layer: its heads of `width` channels, and that it is number `index` of the `count` that get
+    one together."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One method: `name` as `family/name`, the paper, how close to it we are, its config class, and what the config makes.
 
     kind: `prefill` and `train` attend to whole sequences, the second only after training with it; `decode` serves one new
     token after another. make(config, ..): what does the work; what else it takes is the method's own.
     layer(config, heads, kv_heads, width): the method as an `AttentionLayer`, None for those that only decode.
-    needs: what must be done before use, such as calibration or training.
+    needs: what must be done before use, such as calibration or training; without: what a layer does where it was not.
+    plan: the class of its plans, with a `load(path)`, where it has some; planned(config, plan, place): a layer by such a
+    plan, or without one by None.
     """
 
     name: str
@@ -34,6 +48,9 @@ class Method:
     make: Callable[..., Any]
     layer: Callable[[Any, int, int, int], AttentionLayer] | None = None
     needs: tuple[str, ...] = ()
+    without: str = ""
+    plan: type | None = None
+    planned: Callable[[Any, Any, Place], AttentionLayer] | None = None
 
 
 def register(method: Method) -> Method:
@@ -63,9 +80,13 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method called `name`; ValueError names the closest one when there is none."""
-    if name not in _methods and name not in list_methods():
-        raise unknown("method", name, list_methods())
+    """The method called `name`, with its family or without (`hip`); ValueError names the closest where there is none."""
+    if name not in _methods:
+        names = list_methods()
+        short = {full.split("/")[1]: full for full in names}
+        if name not in names and name not in short:
+            raise unknown("method", name, names if "/" in str(name) else short)
+        name = short.get(name, name)
     return _methods[name]
 
 

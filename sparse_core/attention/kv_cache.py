@@ -72,8 +72,10 @@ class KVCache:
         return parts[0]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add n tokens [B, H, n, D]; where a side cache refuses them, the cache stays as it was."""
+        """Add n tokens [B, H, n, D], without what they were computed from; where a side cache refuses them, the cache
+        stays as it was."""
         self._check(k, v)
+        k, v = k.detach(), v.detach()
         kept = {name: summary(k, v) for name, (summary, _) in self._side.items()}
         end = self.length + k.shape[2]
         self._open_pages(-(-end // self.page) - self._table.shape[2])

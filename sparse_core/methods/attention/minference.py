@@ -33,7 +33,7 @@ from sparse_core.attention.column_attention import column_block_attention
 from sparse_core.attention.estimators import MeanPool, vertical_slash_scores
 from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, ColumnBlockMask, causal
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, Place, register
 
 KINDS = {"a_shape": ("sink", "local"), "vertical_slash": ("vertical", "slash"), "block_sparse": ("top",)}
 
@@ -42,8 +42,9 @@ KINDS = {"a_shape": ("sink", "local"), "vertical_slash": ("vertical", "slash"), 
 class Config:
     """block: queries per block, and keys per block of block-sparse heads; slash_block: keys per block of slashes and
     windows; last_q queries vote; sink columns and local diagonals are forced; layers before starting_layer are dense;
-    share of the key blocks that heads without a plan keep; objective: what the search compares, outputs that are off by
-    more than tolerance, or the attention that is lost."""
+    pattern: a kind of `KINDS` for heads without a plan, by which they keep a share of the keys, more where slashes are
+    rounded up to blocks (a share of 0.25 is 0.6 of the pairs of 2000 random tokens); objective: what the search compares,
+    outputs that are off by more than tolerance, or the attention that is lost."""
 
     block: int = 64
     slash_block: int = 16
@@ -51,6 +52,7 @@ class Config:
     sink: int = 30
     local: int = 100
     starting_layer: int = 0
+    pattern: str = "vertical_slash"
     share: float = 0.25
     objective: Literal["output", "mass"] = "output"
     tolerance: float = 5e-3
@@ -67,6 +69,8 @@ class Config:
             raise ValueError(
                 f"share, tolerance: expected within (0, 1] and above 0, got {self.share}, {self.tolerance}"
             )
+        if self.pattern not in KINDS:
+            raise ValueError(f"pattern: expected one of {', '.join(KINDS)}, got {self.pattern!r}")
         if self.objective not in ("output", "mass"):
             raise ValueError(f"objective: expected 'output' or 'mass', got {self.objective!r}")
 
@@ -324,8 +328,31 @@ def _loss(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], config: Con
     return float(((ours[0] - exact[0]).abs() > config.tolerance).float().mean())
 
 
+def usual_pattern(config: Config, length: int) -> Pattern:
+    """What a head without a plan keeps of `length` tokens: the config's share of them, in the proportions that the paper's
+    code falls back to, or of their blocks."""
+    if config.pattern == "block_sparse":
+        return Pattern("block_sparse", (math.ceil(config.share * -(-length // config.block)),))
+    first, second = {"vertical_slash": (1000, 6096), "a_shape": (1024, 4096)}[config.pattern]
+    second = math.ceil(config.share * length * second / (first + second))
+    return Pattern(config.pattern, (max(0, math.ceil(config.share * length) - second), second))
+
+
+def _check_heads(plan: HeadPlan | None, heads: int) -> None:
+    if plan is not None and len(plan.patterns) != heads:
+        raise ValueError(
+            f"plan: expected one pattern for each of the {heads} heads, got {len(plan.patterns)}; search again"
+        )
+
+
+def _planned(config: Config, plan: HeadPlan | None, place: Place) -> MInferencePrefill:
+    _check_heads(plan, place.heads)
+    return MInferencePrefill(plan, config, layer=place.index)
+
+
 class MInferencePrefill(AttentionLayer):
-    """Prefill of a layer by its plan; without one every head is block-sparse with the config's share of key blocks.
+    """Prefill of a layer by its plan; without one every head has the config's pattern, vertical and slash unless said
+    otherwise, as in the paper's code.
 
     layer: the place of this layer in its model, for `starting_layer`. The index is found anew for every prompt.
     """
@@ -345,10 +372,7 @@ class MInferencePrefill(AttentionLayer):
                 f"k: expected as many keys as the {length} queries of a prompt, got {k.shape[2]}"
             )
         _check_groups(q, k)
-        if self.plan is not None and len(self.plan.patterns) != heads:
-            raise ValueError(
-                f"plan: expected one pattern for each of the {heads} heads, got {len(self.plan.patterns)}; search again"
-            )
+        _check_heads(self.plan, heads)
         return pattern_mask(q, k, self._patterns(heads, length), self.config)
 
     def _patterns(self, heads: int, length: int) -> tuple[Pattern, ...]:
@@ -356,8 +380,7 @@ class MInferencePrefill(AttentionLayer):
             return (Pattern("a_shape", (length, length)),) * heads
         if self.plan is not None:
             return self.plan.patterns
-        top = math.ceil(self.config.share * -(-length // self.config.block))
-        return (Pattern("block_sparse", (top,)),) * heads
+        return (usual_pattern(self.config, length),) * heads
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: ColumnBlockMask) -> Tensor:
         """[B, Hq, T, D]."""
@@ -373,5 +396,9 @@ METHOD = register(
         kind="prefill",
         make=lambda config, plan=None, **options: MInferencePrefill(plan, config, **options),
         layer=lambda config, heads, kv_heads, width: MInferencePrefill(None, config),
+        needs=("search",),
+        without="vertical and slash in every head, share of the keys",
+        plan=HeadPlan,
+        planned=_planned,
     )
 )

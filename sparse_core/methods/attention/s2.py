@@ -98,10 +98,7 @@ def local_stride_mask(
 
 def _shards(config: Config, heads: int, blocks: int, device: torch.device | str) -> Tensor:
     """bool [H, K, K] of the key-value heads."""
-    if not 0 <= config.num_dense_heads <= heads:
-        raise ValueError(
-            f"num_dense_heads: expected 0 to the {heads} key-value heads, got {config.num_dense_heads}"
-        )
+    _check_heads(config, heads)
     i, j = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
     step = 0 if config.one_pattern else max(1, config.stride // heads)
     shift = torch.arange(heads, device=device)[:, None, None] * step + config.offset
@@ -110,6 +107,13 @@ def _shards(config: Config, heads: int, blocks: int, device: torch.device | str)
     kept = near | ((place + shift) % config.stride == 0)
     kept[heads - config.num_dense_heads :] = True
     return kept & (i >= j) if config.causal else kept
+
+
+def _check_heads(config: Config, heads: int) -> None:
+    if not 0 <= config.num_dense_heads <= heads:
+        raise ValueError(
+            f"num_dense_heads: expected 0 to the {heads} key-value heads, got {config.num_dense_heads}"
+        )
 
 
 def _check_causal(mask: BlockMask) -> None:
@@ -136,6 +140,7 @@ class ShardedAttention(AttentionLayer):
     def __init__(self, config: Config, num_heads: int, num_kv_heads: int | None = None):
         super().__init__()
         self.config, self.num_heads, self.num_kv_heads = config, num_heads, num_kv_heads or num_heads
+        _check_heads(config, self.num_kv_heads)
         self._masks: dict[tuple[int, str], BlockMask] = {}
 
     def mask(self, q: Tensor, k: Tensor, v: Tensor) -> BlockMask:

@@ -226,9 +226,16 @@ def test_an_unknown_implementation_is_refused():
         block_sparse_attention(q, k, v, random_mask(64, 64, 64, 1.0), implementation="cuda")
 
 
+def test_triton_without_its_interpreter_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v = draw((1, 1, 64, 16), (1, 1, 64, 16))
+    with pytest.raises(ValueError, match="implementation: expected one for tensors on the cpu, got 'triton'"):
+        block_sparse_attention(q, k, v, random_mask(64, 64, 64, 1.0), implementation="triton")
+
+
 def test_the_triton_kernels_agree_in_the_interpreter():
     """Arithmetic only, and small: the interpreter needs about ten milliseconds per tile."""
     program = Path(__file__).with_name("interpreted.py")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("agrees:") == 8
+    assert done.stdout.count("agrees:") == 9

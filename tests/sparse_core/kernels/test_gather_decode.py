@@ -1,12 +1,17 @@
 """Decoding over selected keys against the definition, and against dense attention over the same keys."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from sparse_core import counters
 from sparse_core.attention.masks import IndexMask
-from sparse_core.kernels.gather_decode import decode_attention
+from sparse_core.kernels import dispatch
+from sparse_core.kernels.gather_decode import IMPLEMENTATIONS, decode_attention
 
 FAST = ["numba", "gather"]
 CASES = {  # B, Hq, Hkv, T, D, n, heads of the selection
@@ -154,6 +159,7 @@ def test_scores_are_those_of_the_named_keys(implementation):
     index = torch.randint(-1, 30, (2, 4, 1, 7), generator=generator)
     index[0, 0] = -1
     mask = IndexMask(index=index, kv_len=30)
+    index = mask.index
     out, lse, scores = decode_attention(
         q, (k, k), mask, return_lse=True, return_scores=True, implementation=implementation
     )
@@ -162,3 +168,78 @@ def test_scores_are_those_of_the_named_keys(implementation):
     torch.testing.assert_close(scores, exact.masked_fill(index < 0, -torch.inf))
     torch.testing.assert_close(scores.logsumexp(-1), lse)
     assert torch.equal(out, decode_attention(q, (k, k), mask, implementation=implementation))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_list_may_be_shared_by_heads(implementation, heads):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, t, 16, generator=generator) for h, t in ((4, 1), (2, 30), (2, 30)))
+    index = torch.randint(-1, 30, (2, heads, 1, 9), generator=generator)
+    found = [
+        decode_attention(
+            q, (k, v), IndexMask(index=x, kv_len=30), return_scores=True, implementation=implementation
+        )
+        for x in (index, index.repeat_interleave(4 // heads, 1))
+    ]
+    for shared, own in zip(*found, strict=True):
+        assert torch.equal(shared, own)
+
+
+def test_what_runs_by_itself_follows_the_device(monkeypatch):
+    chosen = {name: dispatch.choose(torch.device(name), IMPLEMENTATIONS) for name in ("cpu", "cuda", "mps")}
+    assert chosen == {"cpu": "numba", "cuda": "triton", "mps": "gather"}
+    monkeypatch.setattr(dispatch, "installed", lambda name: False)
+    assert dispatch.choose(torch.device("cuda"), IMPLEMENTATIONS) == "gather"
+
+
+def test_a_gradient_that_is_asked_for_is_given():
+    q, k, v, selection = draw("grouped")
+    gradients = []
+    for implementation in ("auto", "reference"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = decode_attention(inputs[0], (inputs[1], inputs[2]), selection, implementation=implementation)
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+    torch.testing.assert_close(*gradients, atol=3e-6, rtol=1e-5)
+
+
+def test_triton_without_its_interpreter_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v, selection = draw("plain")
+    with pytest.raises(ValueError, match="implementation: expected one for tensors on the cpu, got 'triton'"):
+        decode_attention(q, (k, v), selection, implementation="triton")
+
+
+def test_the_triton_kernel_agrees_in_the_interpreter():
+    """Arithmetic only, and small: the interpreter needs about ten milliseconds per tile."""
+    program = Path(__file__).with_name("interpreted_decode.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agrees:") == 37
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_triton_kernel_compiles_for_a_gpu(rows):
+    """The interpreter forgives types that change in a loop, and sizes that no matrix unit has; the compiler does not."""
+    triton = pytest.importorskip("triton")
+    from sparse_core.kernels.gather_decode.triton import attend_part, merge
+
+    half, width = triton.language.bfloat16, 40
+    constants = {
+        "k_token": width, "v_token": width, "width": width, "padded": 64, "rows": rows, "tile": 128, "most": 64,
+        "unit": triton.language.float32 if rows == 1 else half,
+    }  # fmt: skip
+    if rows == 1:  # the launcher takes an argument of 1 for a constant
+        constants |= dict.fromkeys(("lists", "group", "sharing"), 1)
+    types = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | {"index": "*i64", "scale": "fp32"}
+    types |= dict.fromkeys(("lse", "scores", "part_out", "part_lse"), "*fp32")
+    for kernel in (attend_part, merge):
+        names = kernel.arg_names
+        source = triton.compiler.ASTSource(
+            kernel,
+            {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+            {(names.index(name),): value for name, value in constants.items() if name in names},
+        )
+        target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+        compiled = triton.compile(source, target=target, options={"num_stages": 1, "enable_fp_fusion": True})
+        assert compiled.metadata.shared < 64 * 1024

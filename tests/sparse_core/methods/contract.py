@@ -11,7 +11,7 @@ HEADS, WIDTH = 4, 16
 OPTIONS = {
     "attention/combiner": {"segment": 8},
     "attention/hip": {"budget": 16, "block_q": 16, "block_k": 4, "window": 8, "sink": 4},
-    "attention/minference": {"block": 16, "slash_block": 16, "share": 0.4},
+    "attention/minference": {"pattern": "block_sparse", "block": 16, "slash_block": 16, "share": 0.4},
     "attention/moa": {"block": 16, "sink": 16, "density": 0.5},
     "attention/routing": {"num_clusters": 4, "window": 16, "local_heads": 2, "local_window": 16},
     "attention/s2": {"block": 16, "local_blocks": 1, "stride": 4},
