@@ -10,12 +10,15 @@ and all query heads of a group share the pattern of their key-value head. Withou
 (max(0, |i - j| - l + 1) + h step + offset) mod v = 0: the paper's rule has no head offset there, without which every
 head would keep the same blocks.
 
-Fidelity: adapted. That offset is ours, and where the paper's kernels merge query tiles, ours cut blocks into tiles.
+Fidelity: adapted. That offset is ours, and where the paper's kernels merge query tiles, ours cut blocks into tiles. Packed
+sequences are attended to one after another, and decoding takes no padding.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +129,11 @@ def _check_causal(mask: BlockMask) -> None:
         )
 
 
+def _roll(x: Tensor, places: Tensor) -> Tensor:
+    """Of x [B, H, T, D] the tokens at places [B, T], which go round."""
+    return x.gather(2, (places % x.shape[2])[:, None, :, None].expand(x.shape))
+
+
 class ShardedAttention(AttentionLayer):
     """Attention of q [B, Hq, T, D] over k, v [B, Hkv, T, D] under the sharded mask, for training, prefill and decoding."""
 
@@ -149,10 +157,44 @@ class ShardedAttention(AttentionLayer):
         return self._masks[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        """[B, Hq, T, D]. ValueError for a mask, made elsewhere, that looks ahead of a causal config."""
+        """[B, Hq, T, D]. With a causal config, a mask made elsewhere raises ValueError if it looks ahead, and is warned of
+        if it comes back to a block that it dropped, which a decoder has forgotten by then."""
         if self.config.causal and all(mask is not own for own in self._masks.values()):
             _check_causal(mask)
+            if not mask.kv_efficient():
+                warnings.warn(
+                    "mask: expected one that never needs a dropped block again, got one that does; no decoder can follow",
+                    stacklevel=2,
+                )
         return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[B, Hq, T, D] of sequences of these lengths that lie one behind the other, none of which sees another."""
+        if min(lengths, default=0) < 1 or sum(lengths) != q.shape[2]:
+            raise ValueError(
+                f"lengths: expected at least 1 each and {q.shape[2]} in all, got {list(lengths)}; count the tokens"
+            )
+        ends = list(itertools.accumulate(lengths, initial=0))
+        parts = []
+        for first, last in itertools.pairwise(ends):
+            one, mask = slice(first, last), self.mask_of(last - first, q.device)
+            parts.append(self.attend(q[:, :, one], k[:, :, one], v[:, :, one], mask))
+        return torch.cat(parts, 2)
+
+    def attend_left_padded(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        """[B, Hq, T, D] of samples that begin with padding int64 [B] tokens which are not there. Blocks are counted from
+        the first token that is, as without padding; the others get 0."""
+        length, token = q.shape[2], torch.arange(q.shape[2], device=q.device)
+        if not self.config.causal:
+            raise ValueError("padding: expected a causal config, got one that looks ahead; set causal=True")
+        if padding.shape != q.shape[:1] or int(padding.min()) < 0 or int(padding.max()) > length:
+            raise ValueError(f"padding: expected {q.shape[0]} of 0 to {length}, got {padding.tolist()}")
+        shift = padding[:, None]
+        # Moved behind the tokens that are there, which never look ahead, padding is out of sight.
+        gone = (token >= length - shift)[:, None, :, None]
+        q, k, v = (_roll(x, token + shift).masked_fill(gone, 0) for x in (q, k, v))
+        out = _roll(self.attend(q, k, v, self.mask_of(length, q.device)), token - shift)
+        return out.masked_fill((token < shift)[:, None, :, None], 0)
 
     def decode(self, q1: Tensor, cache: KVCache) -> Tensor:
         """[B, Hq, 1, D] of the newest token, whose key and value are in the cache already; then the pages that no later

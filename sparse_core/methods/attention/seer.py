@@ -11,6 +11,8 @@ row. Blocks above a threshold, or the best of every row, and the one on the diag
 For decoding (SeerAttention-R, arXiv 2506.08889) queries are not pooled (`q_pool=()`), all query heads of a group share a
 gate, and a cache keeps K_J; the newest block is always on and prefill is dense.
 
+The choice leaks when causal: a block's queries choose together, by their mean, so it depends on the later ones among them.
+
 Fidelity: adapted. A gate may look ahead, and an embedding of the diffusion step may be added to its pooled queries; the
 decoding gate learns from whole blocks alone, since its cache holds no others, and has no norms of its own.
 """

@@ -36,7 +36,7 @@ class TidalSchedule:
     def __post_init__(self) -> None:
         if self.topk < 1:
             raise ValueError(f"topk: expected at least one position, got {self.topk}")
-        if not self.select or sorted(self.select) != list(self.select):
+        if not self.select or sorted(set(self.select)) != list(self.select):
             raise ValueError(f"select: expected at least one layer, in ascending order, got {self.select}")
         if not all(0 <= layer < self.num_layers for layer in (*self.full, *self.select)):
             raise ValueError(

@@ -182,6 +182,7 @@ def test_the_correcting_layer_is_where_the_needles_move():
         ({"topk": 0}, "topk: expected at least one position, got 0"),
         ({"select": ()}, "select: expected at least one layer"),
         ({"select": (13, 2)}, "select: expected at least one layer, in ascending order"),
+        ({"select": (2, 2)}, "select: expected at least one layer, in ascending order"),
         ({"select": (2, 40)}, "full and select: expected layers 0 to 31"),
         ({"full": (0,)}, r"full: expected every layer before the first selecting one, got none for \[1\]"),
     ],
