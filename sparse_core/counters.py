@@ -20,8 +20,9 @@ class Counter:
 
     multiply_adds: of the arithmetic that depends on the data, kept pairs only; products: dot products of a query and a
     key, for attending or for choosing; kv_bytes: of keys and values read; peak_tile_bytes: the most bytes of scores that a
-    kernel of this package held at once, in one thread or program (a dense one holds all of them); saved_bytes: what autograd
-    keeps for a backward pass, counted by `count(saved=True)` alone."""
+    kernel of this package held at once, in one thread or program (a dense one holds all of them); saved_bytes: what
+    autograd keeps for a backward pass, counted by `count(saved=True)` alone.
+    """
 
     multiply_adds: int = 0
     products: int = 0

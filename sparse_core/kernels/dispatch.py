@@ -74,8 +74,8 @@ def _call(
         if "functorch" not in str(error):
             raise
         raise RuntimeError(
-            f"{package.rpartition('.')[2]}: expected no transform of torch.func around a kernel with a backward pass of its "
-            "own, got one; use implementation='gather'"
+            f"{package.rpartition('.')[2]}: expected no transform of torch.func around a kernel with a backward pass of "
+            "its own, got one; use implementation='gather'"
         ) from error
 
 

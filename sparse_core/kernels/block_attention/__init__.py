@@ -64,7 +64,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | ClusterMask | Token
     what is no tensor, and for a mask of another class than `kind`."""
     if kind not in {base.__name__ for base in type(mask).__mro__}:  # told by name: a kernel imports no mask
         raise TypeError(
-            f"mask: expected a {kind}, got {type(mask).__name__}; sparse_core.attention.attend.attend takes every kind of mask"
+            f"mask: expected a {kind}, got {type(mask).__name__}; sparse_core.attention.attend.attend takes every kind"
         )
     if not all(isinstance(x, Tensor) for x in (q, k, v)):
         raise TypeError(f"q, k, v: expected tensors, got {', '.join(type(x).__name__ for x in (q, k, v))}")

@@ -195,8 +195,8 @@ def forward(q, k, v2, out, top, logs, offsets, columns, pattern, tiles, sizes, s
     """Output, largest score and logarithm of the sum relative to it of the query tiles low .. high, counted over samples,
     query heads and tiles.
 
-    q [B Hq Tq words], k [B Hkv Tk words], v2 [B Hkv Tk/pack width], out [B Hq Tq width], top, logs [B Hq Tq] flat; offsets,
-    columns, pattern: the mask's rows of key blocks, and -1 for a full block or the index of its pattern in tiles
+    q [B Hq Tq words], k [B Hkv Tk words], v2 [B Hkv Tk/pack width], out [B Hq Tq width], top, logs [B Hq Tq] flat;
+    offsets, columns, pattern: the mask's rows of key blocks, and -1 for a full block or the index of its pattern in tiles
     [n bq bk]; sizes: see `_prepare`.
     """
     hq, hkv, tq, tk, width, pack, bq, bk, mb, mh = sizes
@@ -274,9 +274,9 @@ def backward(
     """Gradients of the key-value heads low .. high, counted over samples and heads; a head is one task, so that its dk and
     dv have one owner.
 
-    Weights are exp(score - lse). g is the gradient of the output, like q; delta [B Hq Tq] its product with the output, less
-    the gradient of the log-sum-exp; both over the sum of a row's weights, where that is not 1. dq, dk, dv [B H T width] are
-    float32. Per tile: scores and dp = v g, then p and ds in place, then dv += p g, dk += ds q,
+    Weights are exp(score - lse). g is the gradient of the output, like q; delta [B Hq Tq] its product with the output,
+    less the gradient of the log-sum-exp; both over the sum of a row's weights, where that is not 1. dq, dk, dv
+    [B H T width] are float32. Per tile: scores and dp = v g, then p and ds in place, then dv += p g, dk += ds q,
     dq += ds k.
     """
     hq, hkv, tq, tk, width, pack, bq, bk, mb, mh = sizes

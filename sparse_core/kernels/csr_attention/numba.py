@@ -60,8 +60,8 @@ def forward(q, k, v, out, top, logs, crow, col, sizes, scale, low, high):
     """Output, largest score and logarithm of the sum relative to it of the rows low .. high, counted over samples, query
     heads and queries.
 
-    q, out [B Hq Tq width], k, v [B Hkv Tk width] and top, logs [B Hq Tq] flat, out filled with 0; crow, col: the mask's rows;
-    sizes (Hq, Hkv, Tq, Tk, width, samples and heads of the mask, longest row).
+    q, out [B Hq Tq width], k, v [B Hkv Tk width] and top, logs [B Hq Tq] flat, out filled with 0; crow, col: the mask's
+    rows; sizes (Hq, Hkv, Tq, Tk, width, samples and heads of the mask, longest row).
     """
     hq, hkv, tq, tk, width, mb, mh, longest = sizes
     room = -(-longest // COLUMNS) * COLUMNS + COLUMNS

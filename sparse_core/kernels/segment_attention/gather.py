@@ -35,8 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float) -> 
 def _attend_clusters(
     q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the output that these clusters add to, and what they add, in float32 at least [rows, D]; what no token gets goes
-    to one row past the last."""
+    """The rows of the output that these clusters add to, and what they add [rows, D], in float32 at least; what no token
+    gets goes to one row past the last."""
     b, h, length, _ = q.shape
     kept = mask.kept(first, last).expand(b, h, -1, -1, -1).flatten(0, 1)
     counters.reach(peak_tile_bytes=kept.numel() * q.element_size())
