@@ -21,7 +21,8 @@ class Counter:
     multiply_adds: of the arithmetic that depends on the data, kept pairs only; products: dot products of a query and a
     key, for attending or for choosing; kv_bytes: of keys and values read; peak_tile_bytes: the most bytes of scores that a
     kernel of this package held at once, in one thread or program (a dense one holds all of them); saved_bytes: what
-    autograd keeps for a backward pass, counted by `count(saved=True)` alone."""
+    autograd keeps for a backward pass, counted by `count(saved=True)` alone.
+    """
 
     multiply_adds: int = 0
     products: int = 0
@@ -51,14 +52,24 @@ def count(*, saved: bool = False) -> Iterator[Counter]:
 def _keeping(counter: Counter) -> AbstractContextManager[None]:
     seen: set[int] = set()
 
-    def pack(x: Tensor) -> Tensor:
+    def pack(x: Tensor) -> tuple[Tensor, int]:
         memory = x.untyped_storage()
         if memory.data_ptr() not in seen:
             seen.add(memory.data_ptr())
             counter.saved_bytes += memory.nbytes()
-        return x.detach()  # what is returned as it is keeps itself alive
+        kept = x.detach()  # what is returned as it is keeps itself alive
+        return kept, kept._version
 
-    return saved_tensors_hooks(pack, lambda x: x)
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        kept, version = packed
+        if kept._version != version:  # autograd itself looks only where there are no hooks
+            raise RuntimeError(
+                f"backward: expected a tensor {list(kept.shape)} as the forward pass left it, got one modified by an inplace "
+                "operation; modify a copy"
+            )
+        return kept
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def add(**amounts: int) -> None:

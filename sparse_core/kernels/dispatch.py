@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -58,7 +59,8 @@ def call(
 ) -> Any:
     """What that function makes of `arguments`, of which the first is a tensor. `torch.compile` does not look inside: the
     kernels are compiled already, and what numba does cannot be traced."""
-    if torch.compiler.is_compiling():
+    # Once it is there, a frame that it no longer compiles may still call others that it would.
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
         return _untraced()(package, name, implementations, arguments, function)
     return _call(package, name, implementations, arguments, function)
 
@@ -79,7 +81,11 @@ def _call(
         ) from error
 
 
-@cache
+_left_alone: list[Callable[..., Any]] = []  # a list and no `cache`, of which the compiler would warn
+
+
 def _untraced() -> Callable[..., Any]:
     """`_call` as `torch.compile` leaves it alone. Made when it is needed: the compiler takes seconds to import."""
-    return torch.compiler.disable(_call)
+    if not _left_alone:
+        _left_alone.append(torch.compiler.disable(_call))
+    return _left_alone[0]

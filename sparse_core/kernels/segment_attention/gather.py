@@ -35,8 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float) -> 
 def _attend_clusters(
     q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the output that these clusters add to, and what they add, in float32 at least [rows, D]; what no
-    token gets goes to one row past the last."""
+    """The rows of the output that these clusters add to, and what they add [rows, D], in float32 at least; what no token
+    gets goes to one row past the last."""
     b, h, length, _ = q.shape
     kept = mask.kept(first, last).expand(b, h, -1, -1, -1).flatten(0, 1)
     counters.reach(peak_tile_bytes=kept.numel() * q.element_size())
@@ -60,5 +60,5 @@ def _rows(x: Tensor, index: Tensor, heads: Tensor) -> Tensor:
     """Rows [N, C, w, D] of x [B, H, T, D] at index [N, C, w], from the head of (sample, head) order that `heads` [N]
     gives; empty places are 0, of which nothing may reach the sums, not even as 0 times NaN."""
     places = heads[:, None, None] * x.shape[2] + index.clamp_min(0)
-    found = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten()).view(*index.shape, x.shape[-1])
+    found = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten()).view(*index.shape, -1)
     return found.masked_fill((index < 0)[..., None], 0)
