@@ -1,5 +1,6 @@
 """The Gymnasium environment of all tabletop tasks."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from sims.bodies import body_of_geom, body_poses, find_bodies
 from sims.cameras import CameraPlacement, camera_to_world, check_camera, check_free_cameras, intrinsics
 from sims.errors import expect, expect_name
 from sims.randomization import Appearance, Randomization
-from sims.rendering import MODALITIES, SharedRenderer, shared_renderer
+from sims.rendering import MODALITIES, SharedRenderer, Shot, shared_renderer
 from sims.simulation import HOME_TCP, PHYSICS_STEP, Simulation
 from sims.tasks import TASKS, make_task
+from sims.views import Drawer, Pictures, Views, key_of
 
 STATE_SIZE = 11
 PRIVILEGED_SIZE = 24
@@ -114,9 +116,13 @@ class TabletopEnv(gymnasium.Env):
             [TRANSLATION_PER_SECOND * per_step] * 3 + [ROTATION_PER_SECOND * per_step] * 3 + [1.0], np.float32
         )
         self.segmentation_classes = ("background", "robot", *self.task.objects)
-        self._class_of_geom = self._geom_classes()
         self.bodies = find_bodies(self.sim.model, self.task.objects)
-        self._body_of_geom = body_of_geom(self.sim.model, self.bodies)
+        self._tables = {
+            "segmentation": self._geom_classes(),
+            "bodies": body_of_geom(self.sim.model, self.bodies),
+        }
+        self._views = Views(self.sim.model, self.cameras, self.modalities, self.image_size, self._tables)
+        self._draws = True
         self._renderer: SharedRenderer | None = None
         self._running = False
         self.action_space = spaces.Box(-1.0, 1.0, (7,), np.float32)
@@ -124,17 +130,38 @@ class TabletopEnv(gymnasium.Env):
 
     def _observation_space(self) -> spaces.Dict:
         size = self.image_size
-        picture = {
-            "rgb": ("images", lambda: spaces.Box(0, 255, (size, size, 3), np.uint8)),
-            "depth": ("depth", lambda: spaces.Box(0.0, np.inf, (size, size), np.float32)),
-            "segmentation": ("segmentation", lambda: spaces.Box(0, 255, (size, size), np.uint8)),
-            "bodies": ("bodies", lambda: spaces.Box(0, 255, (size, size), np.uint8)),
-        }
+        ids: Any = (0, 255, (size, size), np.uint8)
+        box: dict[str, Any] = {
+            "rgb": (0, 255, (size, size, 3), np.uint8), "depth": (0.0, np.inf, (size, size), np.float32),
+            "segmentation": ids, "bodies": ids,
+        }  # fmt: skip
         parts: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (STATE_SIZE,), np.float32)}
-        for modality in self.modalities if self.cameras else ():
-            key, box = picture[modality]
-            parts[key] = spaces.Dict({name: box() for name in self.cameras})
+        for modality in self.modalities if self.cameras and self._draws else ():
+            parts[key_of(modality)] = spaces.Dict({name: spaces.Box(*box[modality]) for name in self.cameras})
         return spaces.Dict(parts)
+
+    @property
+    def draws(self) -> bool:
+        """Whether observations hold pictures. Without, ``shoot`` and a ``make_drawer`` give them apart."""
+        return self._draws
+
+    @draws.setter
+    def draws(self, value: bool) -> None:
+        self._draws = bool(value)
+        self.observation_space = self._observation_space()
+
+    @property
+    def draws_apart(self) -> bool:
+        """Whether OpenGL can be used in a thread of its own here."""
+        return os.environ.get("MUJOCO_GL") in ("egl", "osmesa") and bool(self.cameras)
+
+    def shoot(self) -> dict[str, Shot]:
+        """What the cameras see now, for a drawer."""
+        return self._views.shoot(self.sim.data)
+
+    def make_drawer(self) -> Drawer:
+        """Makes pictures of shots in the thread that calls this; ``close`` it there."""
+        return Drawer(self._views)
 
     def _geom_classes(self) -> np.ndarray:
         """Segmentation class of each geom id; the last entry serves id -1."""
@@ -206,12 +233,12 @@ class TabletopEnv(gymnasium.Env):
         return np.concatenate(parts).astype(np.float32)
 
     def _observe(self) -> dict[str, Any]:
-        observation: dict[str, Any] = {}
-        for modality in self.modalities if self.cameras else ():
-            key = "images" if modality == "rgb" else modality
-            observation[key] = {name: self.render_camera(name, modality) for name in self.cameras}
-        observation["state"] = self._state()
-        return observation
+        return {**self._pictures(), "state": self._state()}
+
+    def _pictures(self) -> Pictures:
+        if not (self.cameras and self._draws):
+            return {}
+        return self._views.draw(self.shoot(), self._retained())
 
     def _info(self, success: bool) -> dict[str, Any]:
         poses = {
@@ -252,14 +279,16 @@ class TabletopEnv(gymnasium.Env):
         expect_name(modality, MODALITIES, "modality")
         size = self.image_size if size is None else size
         expect(size > 0, "size", "a whole number of pixels > 0", size)
+        views = Views(self.sim.model, (name,), (modality,), size, self._tables, self._views.spare)
+        return views.draw(views.shoot(self.sim.data), self._retained())[key_of(modality)][name]
+
+    def _retained(self) -> SharedRenderer:
+        """The renderer of the process, counted as used by this environment."""
         renderer = shared_renderer()
         if renderer is not self._renderer:
             renderer.retain()
             self._renderer = renderer
-        model = self.sim.model
-        picture = renderer.render(model, self.sim.data, model.camera(name).id, modality, size)
-        tables = {"segmentation": self._class_of_geom, "bodies": self._body_of_geom}
-        return tables[modality][picture] if modality in tables else picture
+        return renderer
 
     def render(self) -> np.ndarray | None:
         """The first camera's picture in ``rgb_array`` mode."""

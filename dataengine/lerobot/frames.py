@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -173,11 +174,17 @@ def _camera_columns(
     for view, camera in _optional("cameras", cameras, spec.cameras, spec).items():
         pose = _matrix(f"cameras[{view!r}]", camera, "camera_to_world", 4)
         matrix = _matrix(f"cameras[{view!r}]", camera, "intrinsics", 3)
-        check_rigid(pose, f"cameras[{view!r}]['camera_to_world']")
-        check_intrinsics(matrix, f"cameras[{view!r}]['intrinsics']")
+        _check_camera(view, pose.tobytes(), matrix.tobytes())
         columns[f"{layout.CAMERA}{view}.extrinsics"] = pose.ravel()
         columns[f"{layout.CAMERA}{view}.intrinsics"] = matrix.ravel()
     return columns
+
+
+@lru_cache(maxsize=1024)  # most cameras stand still, and checking costs as much as encoding a small picture
+def _check_camera(view: str, pose: bytes, matrix: bytes) -> None:
+    """Raise ``ValueError`` unless the float32 numbers are a rigid pose and a pinhole matrix."""
+    check_rigid(np.frombuffer(pose, np.float32).reshape(4, 4), f"cameras[{view!r}]['camera_to_world']")
+    check_intrinsics(np.frombuffer(matrix, np.float32).reshape(3, 3), f"cameras[{view!r}]['intrinsics']")
 
 
 def _as_mapping(cameras: Cameras) -> dict[str, dict[str, Any]]:
@@ -321,6 +328,12 @@ class EpisodeRows:
 
 
 def _meta_type(name: str, value: Any) -> pa.DataType | None:
+    """The type that Arrow would find itself, told because its search looks on disk for pandas again and again where
+    that is not installed.
+    """
     if value is None:  # a column must keep its type when the value is unknown
         return pa.bool_() if name == "success" else pa.int64()
-    return None
+    if isinstance(value, list):
+        inner = _meta_type(name, value[0]) if value else None
+        return None if inner is None else pa.list_(inner)
+    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}.get(type(value))
