@@ -36,8 +36,8 @@ class Method:
     token after another. make(config, ..): what does the work; what else it takes is the method's own.
     layer(config, heads, kv_heads, width): the method as an `AttentionLayer`, None for those that only decode.
     needs: what must be done before use, such as calibration or training; without: what a layer does where it was not.
-    plan: the class of its plans, with a `load(path)`, where it has some; planned(config, plan, place): a layer by such a
-    plan, or without one by None.
+    plan: the class of its plans, with a `load(path)`, where it has some; planned(config, plan, place): a layer that knows
+    its place in a model, by such a plan, or without one by None.
     """
 
     name: str

@@ -15,6 +15,7 @@ from sparse_core.attention.layout import Layout3D
 from sparse_core.methods.attention.hip import HiPAttention
 from sparse_core.methods.attention.minference import HeadPlan, Pattern
 from sparse_core.methods.attention.moa import Plan, SpanRule
+from sparse_core.methods.attention.routing import RoutingMask
 from sparse_core.sparsify import make_layer
 
 MASK = BlockMask.from_dense_blocks(torch.ones(2, 2, dtype=torch.bool), block_size=32, q_len=50, kv_len=50)
@@ -79,6 +80,17 @@ def test_a_sparse_method_is_sparse_in_every_place(model, x):
     assert some.products == pytest.approx(sum(kept) / 3 * all_of_it.products)
     assert some.multiply_adds < 0.6 * all_of_it.multiply_adds
     assert some.kv_bytes < 0.6 * all_of_it.kv_bytes
+
+
+def test_first_layers_may_be_left_out(model, x):
+    handle = sparsify(model, "hip", dense_layers=2, budget=4, block_q=2, window=0, sink=0)
+    model(x)
+    assert [row["density"] == 1 for row in handle.report()] == [True, True, False]
+    handle.detach()
+    handle = sparsify(model, "routing", num_clusters=5, skip_first=1)
+    model.train()(x)
+    routes = [isinstance(slot.last[1], RoutingMask) for slot in handle.slots.values()]
+    assert routes == [False, True, True]
 
 
 @pytest.mark.parametrize("grad", [True, False])

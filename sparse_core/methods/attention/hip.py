@@ -37,7 +37,7 @@ Read = Callable[[Tensor, Tensor], Tensor]
 class Config:
     """budget, window, sink in tokens; block_q, block_k tokens per block; rep: `mid` or `first` block of a half stands for
     it; q_stride: score only every so many query rows; refresh: decoding steps that share one search; dense_layers: so many
-    first layers attend to everything, where a layer knows its place."""
+    first layers of a model attend to everything, in the paper's language models three."""
 
     budget: int = 512
     block_q: int = 32
@@ -48,7 +48,7 @@ class Config:
     rep: str = "mid"
     q_stride: int = 1
     refresh: int = 8
-    dense_layers: int = 3
+    dense_layers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k"):
@@ -271,5 +271,6 @@ METHOD = register(
         kind="prefill",
         make=HiPAttention,
         layer=lambda config, heads, kv_heads, width: HiPAttention(config),
+        planned=lambda config, plan, place: HiPAttention(config, layer=place.index),
     )
 )

@@ -46,8 +46,8 @@ class Config:
     """num_clusters: about sqrt(T) of the first batch when None; window: tokens per cluster, T / num_clusters, rounded up,
     when None (the paper's sequences of 8192 tokens have 16 clusters of 512); local_heads: half of them when None;
     local_window: tokens that a local head sees at most, the window when None, two blocks of a power of two of 16 or more;
-    strict: error where num_clusters does not divide T; skip_first: so many first layers of a model have local heads alone,
-    where a layer knows its place; auto_update: a layer moves its centroids in every forward pass of training, which
+    strict: error where num_clusters does not divide T; skip_first: so many first layers of a model have local heads alone;
+    auto_update: a layer moves its centroids in every forward pass of training, which
     gradient checkpointing would do twice: there, set False and call `update_centroids` after each step."""
 
     num_clusters: int | None = None
@@ -341,6 +341,7 @@ METHOD = register(
         kind="train",
         make=lambda config, num_heads, head_dim: RoutingAttention(num_heads, head_dim, **vars(config)),
         layer=lambda config, heads, kv_heads, width: RoutingLayer(config, heads, width),
+        planned=lambda config, plan, place: RoutingLayer(config, place.heads, place.width, layer=place.index),
         needs=("training",),
     )
 )
