@@ -6,7 +6,7 @@ few views would let motion explain what is a matter of shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class Motion(nn.Module):
     def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
         return gaussians.means.new_zeros(())
 
+    def settings(self) -> dict[str, Any]:
+        """What `restore_motion` needs beside the tensors, as JSON."""
+        return {}
+
 
 class Rigid(Motion):
     """Every body b moves as one: mean(t) = R(t) R(0)^T (mean - p(0)) + p(t), and turns alike.
@@ -50,6 +54,7 @@ class Rigid(Motion):
     """
 
     name = "rigid"
+    poses: Tensor
 
     def __init__(self, poses: Tensor, *, learn: bool = False, smoothness: float = 1e-2):
         super().__init__()
@@ -59,6 +64,9 @@ class Rigid(Motion):
         shape = (len(poses) - 1, poses.shape[1], 6)
         self.correction = nn.Parameter(torch.zeros(shape), requires_grad=learn)
         self.smoothness = smoothness
+
+    def settings(self) -> dict[str, Any]:
+        return {"learn": self.correction.requires_grad, "smoothness": self.smoothness}
 
     def pose(self, frame: int) -> tuple[Tensor, Tensor]:
         """Rotations as quaternions ``[n, 4]`` and positions ``[n, 3]`` of the bodies, corrected."""
@@ -109,6 +117,9 @@ class Polynomial(Motion):
     def __init__(self, frames: int, *, degree: int = 3, lifetime: float = 1.0, speed: float = 1e-3):
         super().__init__()
         self.frames, self.degree, self.lifetime, self.speed = frames, degree, lifetime, speed
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("frames", "degree", "lifetime", "speed")}
 
     def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
         n, zeros = len(gaussians), gaussians.means.new_zeros
@@ -163,12 +174,18 @@ class HexPlane(Motion):
     """
 
     name = "hexplane"
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self, low: Tensor, high: Tensor, frames: int, *, resolution: int = 16, channels: int = 16, width: int = 64,
         smoothness: float = 1e-3, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
+        self._settings = {
+            "frames": frames, "resolution": resolution, "channels": channels, "width": width, "smoothness": smoothness,
+            "seed": seed,
+        }  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         margin = 0.1 * (high - low).clamp_min(0.05)
         self.register_buffer("low", (low - margin).float())
@@ -183,14 +200,16 @@ class HexPlane(Motion):
                 # Planes of time start at one: at first nothing moves.
                 start = torch.ones(shape) if b == 3 else 0.1 + 0.4 * torch.rand(shape, generator=generator)
                 self.planes.append(nn.Parameter(start))
-        layers = [nn.Linear(2 * channels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(width, 9))
-        for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
-                layer.weight.data.uniform_(-bound, bound, generator=generator)
-                layer.bias.data.zero_()
-        self.net[-1].weight.data.mul_(0.01)
+        layers = [nn.Linear(2 * channels, width), nn.Linear(width, width), nn.Linear(width, 9)]
+        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        for layer in layers:
+            bound = layer.in_features**-0.5
+            layer.weight.data.uniform_(-bound, bound, generator=generator)
+            layer.bias.data.zero_()
+        layers[-1].weight.data.mul_(0.01)
+
+    def settings(self) -> dict[str, Any]:
+        return self._settings
 
     def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
         loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
@@ -248,6 +267,9 @@ class Tracked(Motion):
         self.frames, self.neighbours, self.rigidity = frames, neighbours, rigidity
         self._near: Tensor | None = None
 
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("frames", "neighbours", "rigidity")}
+
     def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
         n = len(gaussians)
         self._near = None
@@ -296,7 +318,10 @@ class Together(Motion):
 
     def __init__(self, *parts: Motion):
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts: Sequence[Motion] = nn.ModuleList(parts)  # type: ignore[assignment]
+
+    def settings(self) -> dict[str, Any]:
+        return {"parts": [describe_motion(part) for part in self.parts]}
 
     def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -344,3 +369,27 @@ def make_motion(name: str, gaussians: Gaussians, frames: int, poses: Tensor | No
             "motion: expected poses of the bodies for rigid, got none; use hexplane or polynomial"
         )
     return Rigid(poses)
+
+
+def describe_motion(motion: Motion) -> dict[str, Any]:
+    """A model's name and settings as JSON."""
+    return {"name": motion.name, **motion.settings()}
+
+
+def restore_motion(
+    described: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "motion."
+) -> Motion:
+    """The model that `describe_motion` described, whose state is to be loaded from `tensors` afterwards."""
+    settings = {key: value for key, value in described.items() if key != "name"}
+    name = described["name"]
+    if name == "together":
+        parts = enumerate(settings["parts"])
+        return Together(*(restore_motion(part, tensors, f"{prefix}parts.{i}.") for i, part in parts))
+    if name == "rigid":
+        return Rigid(tensors[f"{prefix}poses"], **settings)
+    if name == "hexplane":
+        return HexPlane(tensors[f"{prefix}low"], tensors[f"{prefix}high"], **settings)
+    plain = {"static": Motion, "polynomial": Polynomial, "tracked": Tracked}
+    if name not in plain:
+        raise ValueError(f"motion: expected one of {', '.join((*MODELS, 'together'))}, got {name!r}")
+    return plain[name](**settings)

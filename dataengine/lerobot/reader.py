@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataengine.bodies import Bodies
 from dataengine.cameras import Cameras
 from dataengine.errors import DatasetError, closest, damaged
 from dataengine.lerobot import files, layout, metadata
@@ -32,6 +33,8 @@ class Episode:
         cameras: poses ``[T, V, ...]``, or None where the dataset has none.
         depth: view -> float32 ``[T, H, W]`` metres, or None.
         segmentation: view -> int32 ``[T, H, W]`` ids, -1 for nothing, or None.
+        bodies: names and poses ``[T, n, 4, 4]`` of rigid bodies, or None.
+        body_ids: view -> int32 ``[T, H, W]``, 0 background, 1 + i the i-th of ``bodies``, or None.
         task: the instruction (of the first frame).
         success, seed: None where not known.
         fps: frames per second.
@@ -56,6 +59,8 @@ class Episode:
     extra: dict[str, NDArray[Any]]
     index: int
     start: int = 0
+    bodies: Bodies | None = None
+    body_ids: dict[str, NDArray[np.int32]] | None = None
 
     def __len__(self) -> int:
         return len(self.timestamp)
@@ -126,13 +131,18 @@ class EpisodeDataset:
     @property
     def _view_keys(self) -> dict[str, str]:
         pictures = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
-        colour = [k for k in pictures if not self._is_depth(k) and not k.startswith(layout.SEGMENTATION)]
+        colour = [k for k in pictures if not self._is_depth(k) and not k.startswith(layout.ID_PICTURES)]
         return {k.removeprefix(layout.IMAGES): k for k in colour}
 
     @property
     def views(self) -> tuple[str, ...]:
         """Names of the colour cameras."""
         return tuple(self._view_keys)
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """Names of the rigid bodies whose poses are recorded; empty where there are none."""
+        return layout.body_names(self.features)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -263,7 +273,7 @@ class EpisodeDataset:
             action=vectors.pop(layout.ACTION, empty).astype(np.float32),
             cameras=self._cameras(vectors, names),
             depth=self._depth(meta, start, table, names),
-            segmentation=_segmentation(columns, names),
+            segmentation=_id_pictures(layout.SEGMENTATION, columns, names),
             task=self.tasks[task_index] if task_index < len(self.tasks) else meta.tasks[0],
             success=meta.success,
             seed=meta.seed,
@@ -275,7 +285,12 @@ class EpisodeDataset:
             extra={k: v for k, v in vectors.items() if not _is_known(k)},
             index=meta.index,
             start=start,
+            bodies=self._bodies(vectors),
+            body_ids=_id_pictures(layout.BODY_IDS, columns, names),
         )
+
+    def _bodies(self, vectors: dict[str, NDArray[Any]]) -> Bodies | None:
+        return Bodies.from_vectors(self.bodies, vectors[layout.BODY_POSES]) if self.bodies else None
 
     def _cameras(self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...]) -> Cameras | None:
         keys = [f"{layout.CAMERA}{v}." for v in names]
@@ -309,13 +324,13 @@ class EpisodeDataset:
 
 def _is_known(key: str) -> bool:
     prefixes = (layout.CAMERA, layout.PROVENANCE)
-    return key in (*layout.INDEX_COLUMNS, layout.SUCCESS) or key.startswith(prefixes)
+    return key in (*layout.INDEX_COLUMNS, layout.BODY_POSES, layout.SUCCESS) or key.startswith(prefixes)
 
 
-def _segmentation(
-    columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]
+def _id_pictures(
+    prefix: str, columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]
 ) -> dict[str, NDArray[np.int32]] | None:
-    keys = {v: layout.SEGMENTATION + v for v in names if layout.SEGMENTATION + v in columns}
+    keys = {v: prefix + v for v in names if prefix + v in columns}
     if not keys:
         return None
     return {v: np.stack([decode_ids(c["bytes"]) for c in columns[k].to_pylist()]) for v, k in keys.items()}

@@ -31,25 +31,31 @@ def _pool(size: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(size, thread_name_prefix="sparse_core")
 
 
-def compile_first(kernel: Any, arguments: tuple[Any, ...]) -> None:
-    """Compile a kernel for such arguments without Python's garbage collector, which otherwise walks the whole program,
-    again and again, over what a compiler makes: a tenth of its time."""
-    from numba import typeof
+def compile_first(kernel: Any, arguments: tuple[Any, ...], optimize: int) -> None:
+    """Compile a kernel for such arguments at a level of optimisation, without Python's garbage collector, which otherwise
+    walks the whole program, again and again, over what a compiler makes: a tenth of its time."""
+    from numba import config, typeof
 
-    collecting = gc.isenabled()
+    collecting, level = gc.isenabled(), config.OPT  # type: ignore[attr-defined]
     gc.disable()
+    config.OPT = type(level)(min(optimize, level))  # type: ignore[attr-defined]
     try:
         kernel.compile(tuple(typeof(argument) for argument in arguments))
     finally:
+        config.OPT = level  # type: ignore[attr-defined]
         if collecting:
             gc.enable()
 
 
-def split(kernel: Any, arguments: tuple[Any, ...], tasks: int) -> None:
-    """Run tasks 0 .. tasks of `kernel(*arguments, low, high)` on as many threads as may be used."""
+def split(kernel: Any, arguments: tuple[Any, ...], tasks: int, *, optimize: int = 3) -> None:
+    """Run tasks 0 .. tasks of `kernel(*arguments, low, high)` on as many threads as may be used.
+
+    `optimize` is how hard LLVM tries when the kernel is compiled, 1 to 3: one that is made of vector intrinsics gains
+    nothing by more than 1, and is there sooner.
+    """
     parts = min(threads(), tasks)
     if not kernel.signatures:
-        compile_first(kernel, (*arguments, 0, tasks))
+        compile_first(kernel, (*arguments, 0, tasks), optimize)
     if parts <= 1:
         kernel(*arguments, 0, tasks)
         return

@@ -424,6 +424,7 @@ class _Attend(torch.autograd.Function):
             forward,
             (*rows, *(x.view(-1).numpy() for x in (out, top, logs)), *call, np.float32(scale)),
             q.shape[0] * q.shape[1] * tiles,
+            optimize=1,
         )
         result = out[..., : q.shape[-1]].to(q.dtype)
         counters.reach(peak_tile_bytes=4 * TILE * TILE)
@@ -452,6 +453,7 @@ class _Attend(torch.autograd.Function):
             backward,
             (*rows, *statistics, slopes.words, slopes.down, *results, *call, np.float32(ctx.scale)),
             k.shape[0] * k.shape[1],
+            optimize=1,
         )
         back = [x[..., : q.shape[-1]].to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v))]
         return (*back, None, None)

@@ -127,7 +127,7 @@ def backward(q, k, v, top, delta, grad, dq, dk, dv, crow, col, sizes, scale, low
 
 def _sizes(q: Tensor, k: Tensor, mask: TokenCSR) -> tuple[int, ...]:
     _, hq, tq, d = q.shape
-    longest = int(mask.counts.max())
+    longest = int(mask.counts.max()) if mask.counts.numel() else 0
     return hq, k.shape[1], tq, k.shape[2], d + -d % VL, mask.batch, mask.heads, longest
 
 
