@@ -64,8 +64,8 @@ def _keeping(counter: Counter) -> AbstractContextManager[None]:
         kept, version = packed
         if kept._version != version:  # autograd itself looks only where there are no hooks
             raise RuntimeError(
-                f"backward: expected a tensor {list(kept.shape)} as the forward pass left it, got one modified by an inplace "
-                "operation; modify a copy"
+                f"backward: expected a tensor {list(kept.shape)} as the forward pass left it, got one modified by an "
+                "inplace operation; modify a copy"
             )
         return kept
 

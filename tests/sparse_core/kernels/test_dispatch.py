@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +28,8 @@ rows, labels = TokenCSR.from_token_mask(mask.to_token_mask()), quantise(k)
 keys = IndexMask(index=torch.arange(0, 128, 3).expand(1, 2, 1, -1), kv_len=128)
 def everything(q):
     out = block_sparse_attention(2 * q, k, v, mask) + csr_attention(q, k, v, rows)
-    return out + decode_attention(q[:, :, :1].detach(), (k, v), keys) + label_scores(q[:, :, 0].detach(), labels)[..., None]
+    newest = q[:, :, :1].detach()
+    return out + decode_attention(newest, (k, v), keys) + label_scores(newest[:, :, 0], labels)[..., None]
 x = q.clone().requires_grad_()
 compiled = torch.compile(everything, backend="eager")
 first = torch.autograd.grad(compiled(x).square().sum(), x)[0]

@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from sparse_core import counters
+from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels import dispatch
 from sparse_core.kernels.gather_decode import IMPLEMENTATIONS, decode_attention
+from sparse_core.kernels.label_scores import label_scores, quantise
 
 FAST = ["numba", "gather"]
 CASES = {  # B, Hq, Hkv, T, D, n, heads of the selection
@@ -201,6 +203,62 @@ def test_a_gradient_that_is_asked_for_is_given():
         out = decode_attention(inputs[0], (inputs[1], inputs[2]), selection, implementation=implementation)
         gradients.append(torch.autograd.grad(out.square().sum(), inputs))
     torch.testing.assert_close(*gradients, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_kernel_without_a_gradient_refuses_to_be_asked_for_one(which):
+    q, k, v, selection = draw("grouped")
+    inputs = [q, k, v]
+    inputs[which] = inputs[which].clone().requires_grad_()
+    q, k, v = inputs
+    with pytest.raises(ValueError, match="q1, cache: expected none that needs a gradient for numba, got one"):
+        decode_attention(q, (k, v), selection, implementation="numba")
+    with torch.no_grad():
+        ours = decode_attention(q, (k, v), selection, implementation="numba")
+        exact = decode_attention(q, (k, v), selection, implementation="reference")
+    torch.testing.assert_close(ours, exact, atol=3e-6, rtol=1e-5)
+
+
+def test_decoding_needs_no_word_about_gradients():
+    """A layer with weights appends, and queries outside of `torch.no_grad`; the cache keeps no graph."""
+    layer = torch.nn.Linear(8, 16)
+    tokens = layer(torch.randn(1, 5, 8)).unflatten(-1, (2, 8)).transpose(1, 2)
+    cache = KVCache(1, 2, 8)
+    cache.keep_beside("labels", lambda k, v: k[..., :2])
+    cache.append(tokens, tokens)
+    assert not any(x.requires_grad for x in (cache.keys, cache.values, cache.side("labels")))
+    keys = IndexMask(index=torch.arange(5).expand(1, 2, 1, -1), kv_len=5)
+    out = decode_attention(tokens[:, :, -1:], cache, keys)
+    out.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    scores = label_scores(tokens[:, :, -1], quantise(cache.keys))
+    torch.testing.assert_close(scores, label_scores(tokens[:, :, -1].detach(), quantise(cache.keys)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_key_that_is_named_twice_counts_once(implementation):
+    q, k, v, _ = draw("plain")
+    twice, once = (
+        IndexMask(index=torch.tensor(keys).expand(1, 2, 1, -1), kv_len=100) for keys in ([7, 3, 7, 7], [7, 3])
+    )
+    ours, exact = (decode_attention(q, (k, v), s, implementation=implementation) for s in (twice, once))
+    torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_large_equal_scores_share_the_values(implementation):
+    q, v = torch.ones(1, 1, 1, 64), torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    every = IndexMask(index=torch.arange(64).expand(1, 1, 1, -1), kv_len=64)
+    out = decode_attention(q, (torch.full_like(v, 1e6 / 8), v), every, implementation=implementation)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True), atol=2e-6, rtol=1e-5)
+
+
+def test_float64_is_not_rounded():
+    q, k, v, selection = draw("grouped", torch.float64)
+    keep = selection.to_token_mask()
+    ours = decode_attention(q, (k, v), selection)
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
+    torch.testing.assert_close(ours, exact, atol=1e-13, rtol=1e-12)
 
 
 def test_triton_without_its_interpreter_is_refused_on_a_cpu(monkeypatch):
