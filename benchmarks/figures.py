@@ -243,7 +243,7 @@ def costs_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
             f"density {density} forward {row['forward_times']:.2f}x, training {row['training_times']:.2f}x"
             for density, row in half.items()
         )
-        + ": it saves memory, not time.",
+        + ".",
         "Memory that one head of 20,000 tokens adds: "
         + ", ".join(f"{name.split('/')[1]} {row['mib']:.0f}" for name, row in values["mask_memory"].items())
         + " MiB.",
