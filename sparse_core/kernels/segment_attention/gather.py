@@ -60,5 +60,5 @@ def _rows(x: Tensor, index: Tensor, heads: Tensor) -> Tensor:
     """Rows [N, C, w, D] of x [B, H, T, D] at index [N, C, w], from the head of (sample, head) order that `heads` [N]
     gives; empty places are 0, of which nothing may reach the sums, not even as 0 times NaN."""
     places = heads[:, None, None] * x.shape[2] + index.clamp_min(0)
-    found = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten()).view(*index.shape, -1)
+    found = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten()).view(*index.shape, x.shape[-1])
     return found.masked_fill((index < 0)[..., None], 0)

@@ -126,6 +126,22 @@ def test_one_mask_serves_all_samples_and_heads():
     torch.testing.assert_close(segment_attention(q, k, v, mask), exact, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "gather"])
+def test_no_samples_give_no_samples(implementation):
+    index = torch.arange(6).view(1, 1, 2, 3).expand(0, 2, -1, -1)
+    q = torch.zeros(0, 2, 6, 8, requires_grad=True)
+    out = segment_attention(
+        q, q, q, ClusterMask(q_index=index, k_index=index, q_len=6, kv_len=6), implementation=implementation
+    )
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 2, 6, 8)
+
+
+def test_float64_is_not_rounded():
+    q, k, v, mask = draw("causal", torch.float64)
+    torch.testing.assert_close(segment_attention(q, k, v, mask), dense(q, k, v, mask), atol=1e-13, rtol=1e-12)
+
+
 def test_work_is_that_of_the_kept_pairs():
     q, k, v, mask = draw("grouped")
     pairs, keys = int(mask.to_token_masks().sum()), int((mask.k_index >= 0).sum())
