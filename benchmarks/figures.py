@@ -255,8 +255,8 @@ def costs_section(values: dict[str, Any]) -> tuple[str, dict[str, str]]:
     return "\n".join(f"- {line}" for line in lines), drawn
 
 
-def claims_section(results: dict[str, Result]) -> str:
-    """Table of the papers' claims, each from a file of its own."""
+def claims_section(results: dict[str, Result], more: dict[str, Result]) -> str:
+    """Table of the papers' claims, each from a file of its own; then the runs over more seeds than a claim asks for."""
     rows = []
     for case, result in sorted(results.items()):
         row, digits = result.values, "{:.3f}".format
@@ -264,10 +264,25 @@ def claims_section(results: dict[str, Result]) -> str:
         held = sum(trial["passed"] for trial in row["trials"])
         rows.append(
             f"| {case.removeprefix('claims/')} | {row['claim']} | {digits(row['value'])} | {digits(row['control'])} | "
-            f"{oracle} | {held} of {row['seeds']} |"
+            f"{oracle} | {held} of {row['seeds']} | {result.commit} |"
         )
-    head = "| method | what must be seen | value | control | oracle | seeds that hold |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+    head = "| method | what must be seen | value | control | oracle | seeds that hold | commit |"
+    table = "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+    return "\n\n".join([table, *([_more_seeds(more)] if more else [])])
+
+
+def _more_seeds(results: dict[str, Result]) -> str:
+    """In how many seeds a claim held where more were tried, and what failed in the others."""
+    found = []
+    for case, result in sorted(results.items()):
+        trials = result.values["trials"]
+        held = sum(trial["passed"] for trial in trials)
+        failed = sorted({name for trial in trials for name, kept in trial["conditions"].items() if not kept})
+        why = f", failing on {' and '.join(failed)}" if failed else ""
+        found.append(
+            f"{case.removeprefix('more_seeds/')} holds in {held} of {len(trials)}{why} ({result.commit})"
+        )
+    return f"With more seeds: {'; '.join(found)}."
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, dict[str, str]]]]] = {
@@ -302,8 +317,11 @@ def render() -> tuple[str, dict[str, str]]:
         parts.append("\n\n".join(part for part in (f"### {title}", pictures, text, origin) if part))
     claims = {case: result for case, result in results.items() if case.startswith("claims/")}
     if claims:
+        more = {case: result for case, result in results.items() if case.startswith("more_seeds/")}
         origin = "Measured by `python -m benchmarks.claims all`; thresholds and every seed are in `claims/*/*.json`."
-        parts.append("\n\n".join(("### Claims of the papers", claims_section(claims), origin)))
+        if any(result.commit.endswith("-dirty") for result in (*claims.values(), *more.values())):
+            origin += " A commit marked dirty had changes that no commit holds."
+        parts.append("\n\n".join(("### Claims of the papers", claims_section(claims, more), origin)))
     return "\n\n".join(parts), figures
 
 

@@ -22,8 +22,8 @@ ATTENTION = [
     for block in (64, 128)
 ]  # fmt: skip
 DECODE = decode.Decode(
-    batch=8, heads=32, repeats=24, device=DEVICE, dense=("sdpa", "flash", "cudnn", "flex", "products"),
-    case="speed/gpu_decode",
+    batch=8, heads=32, repeats=24, device=DEVICE, case="speed/gpu_decode",
+    dense=("sdpa", "flash", "cudnn", "flex", "products", "own_dense"),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from enerverse.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+DRAWN = (":(top,exclude)benchmarks/results", ":(top,exclude)docs/figures", ":(top,exclude)README.md")
 _CASE = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
@@ -95,15 +96,18 @@ def folder_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Return the short hash of the checkout, with `-dirty` when tracked files differ, else `unknown`."""
+    """Return the short hash of the checkout, with `-dirty` when tracked code differs, else `unknown`.
+
+    Results and what is drawn from them do not count: a second measurement would else be dirty by the first.
+    """
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        name = _git("describe", "--always", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *DRAWN)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()

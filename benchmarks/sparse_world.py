@@ -63,11 +63,12 @@ def random_blocks(heads: int, density: float, seed: int = 0) -> BlockMask:
 def settings_by_name(heads: int) -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Name -> method or mask, its options, and how many denoising steps share a mask."""
     small = {"block_q": 4, "block_k": 2, "window": 0, "sink": 0}
+    pooled = {"pattern": "block_sparse", "block": BLOCK, "slash_block": BLOCK}
     return {
-        "minference, half of the blocks": ("attention/minference", {"block": BLOCK, "slash_block": 4, "share": 0.5}, 1),
-        "minference, a quarter": ("attention/minference", {"block": BLOCK, "slash_block": 4, "share": 0.25}, 1),
+        "minference, half of the blocks": ("attention/minference", {**pooled, "share": 0.5}, 1),
+        "minference, a quarter": ("attention/minference", {**pooled, "share": 0.25}, 1),
         "minference, a quarter, one mask for 5 steps": (
-            "attention/minference", {"block": BLOCK, "slash_block": 4, "share": 0.25}, 5,
+            "attention/minference", {**pooled, "share": 0.25}, 5,
         ),
         "hip, 24 of 48 tokens": ("attention/hip", {"budget": 24, **small}, 1),
         "hip, 12 of 48 tokens": ("attention/hip", {"budget": 12, **small}, 1),

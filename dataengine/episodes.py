@@ -3,6 +3,7 @@
 ``EpisodeWriter(root, ...)`` appends, ``EpisodeDataset(root)`` reads, ``Episode`` is what is read.
 """
 
+from dataengine.bodies import Bodies
 from dataengine.errors import DatasetError, DatasetWriteError
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.lerobot.metadata import EpisodeMeta
@@ -12,6 +13,7 @@ from dataengine.lerobot.writer import EpisodeWriter
 
 __all__ = [
     "PROVENANCE_LEGEND",
+    "Bodies",
     "DatasetError",
     "DatasetWriteError",
     "Episode",

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dataengine.bodies import Bodies
 from dataengine.cameras import Cameras
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.lerobot.reader import Episode
@@ -24,7 +25,8 @@ class Views:
         cameras: V cameras, fixed or of T frames, whose pictures all have one size.
         images: float32 ``[T, V, H, W, 3]`` in [0, 1].
         depth: float32 ``[T, V, H, W]`` metres along the axis, 0 where not known, or None.
-        segmentation: int64 ``[T, V, H, W]`` ids of bodies, 0 for what never moves, or None.
+        body_ids: int64 ``[T, V, H, W]``, 0 for what never moves, 1 + i for body i, or None.
+        bodies: names and poses of the bodies over the T frames, or None.
         confidence: float32 ``[T, V, H, W]`` in [0, 1], what a pixel counts in a fit, or None for 1.
         provenance: int64 ``[T, V]``, indices into :data:`dataengine.episodes.PROVENANCE_LEGEND`.
         fps: frames per second.
@@ -36,7 +38,8 @@ class Views:
     cameras: Cameras
     images: Tensor
     depth: Tensor | None = None
-    segmentation: Tensor | None = None
+    body_ids: Tensor | None = None
+    bodies: Bodies | None = None
     confidence: Tensor | None = None
     provenance: Tensor | None = None
     fps: float = 10.0
@@ -53,7 +56,7 @@ class Views:
                 f"images: expected floats in [0, 1], got {self.images.dtype} from {float(self.images.amin()):.3g} to "
                 f"{float(self.images.amax()):.3g}; divide bytes by 255"
             )
-        for name in ("depth", "segmentation", "confidence"):
+        for name in ("depth", "body_ids", "confidence"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != wanted[:-1]:
                 raise ValueError(f"{name}: expected {list(wanted[:-1])}, got {list(value.shape)}")
@@ -86,7 +89,8 @@ class Views:
             cameras=episode.cameras.select(names),
             images=images / 255,
             depth=gather(episode.depth, torch.float32),
-            segmentation=gather(episode.segmentation, torch.long),
+            body_ids=gather(episode.body_ids, torch.long),
+            bodies=episode.bodies,
             provenance=gather(episode.provenance, torch.long),
             fps=episode.fps,
         )
@@ -105,7 +109,8 @@ class Views:
 
     def at(self, frames: slice) -> Views:
         """A window of frames."""
-        return replace(self, cameras=self.cameras.at(frames), **self._cut((frames,)))
+        bodies = None if self.bodies is None else replace(self.bodies, poses=self.bodies.poses[frames])
+        return replace(self, cameras=self.cameras.at(frames), bodies=bodies, **self._cut((frames,)))
 
     def _cut(self, index: tuple[Any, ...]) -> dict[str, Tensor]:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -129,7 +134,7 @@ class Views:
             for name, pair in both.items()
             if all(isinstance(x, Tensor) for x in pair)
         }
-        absent = {name: None for name in ("depth", "segmentation", "confidence") if name not in joined}
+        absent = {name: None for name in ("depth", "body_ids", "confidence") if name not in joined}
         return replace(self, cameras=join_cameras(self.cameras, other.cameras), **joined, **absent)
 
     @property

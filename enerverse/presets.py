@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from enerverse.config import unknown
 from enerverse.data.clips import ClipConfig
-from enerverse.model.unet import method_name
 from enerverse.policy.config import PolicyConfig
 from enerverse.train.loop import TrainConfig
 from enerverse.train.world import WorldLossConfig
 from sparse_core import get_method
+from sparse_core.sparsify import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,12 @@ class UNetConfig:
     dense_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.attention != "dense" and get_method(method_name(self.attention)).layer is None:
+        if self.attention != "dense":
+            check_options(self.attention, **self.attention_options)
+        elif self.attention_options:
             raise ValueError(
-                f"{method_name(self.attention)}: expected a method for whole sequences, got one that serves one new token "
-                "after another; `enerverse sparse list` says which are for prefill"
+                f"attention_options: expected none for dense attention, got {', '.join(self.attention_options)}; name a "
+                "method"
             )
         if self.mask_steps < 1 or self.dense_steps < 0:
             raise ValueError(
@@ -123,7 +125,7 @@ class Preset:
 TINY_ATTENTION: dict[str, dict[str, Any]] = {
     "attention/combiner": {"segment": 16},
     "attention/hip": {"budget": 24, "block_q": 4, "block_k": 2, "window": 0, "sink": 0},
-    "attention/minference": {"block": 4, "slash_block": 4, "share": 0.5},
+    "attention/minference": {"pattern": "block_sparse", "block": 4, "slash_block": 4, "share": 0.5},
     "attention/moa": {"block": 4, "sink": 4, "density": 0.5},
     "attention/routing": {"num_clusters": 3, "window": 16, "local_window": 16},
     "attention/s2": {"block": 16, "local_blocks": 1, "stride": 3},
@@ -133,9 +135,15 @@ TINY_ATTENTION: dict[str, dict[str, Any]] = {
 
 
 def with_attention(preset: Preset, attention: str, **options: Any) -> Preset:
-    """The preset with `attention`, `dense` or a method of `sparse_core`, over views and places; `options` are for the
-    method's config. Raises ValueError naming the closest method where there is none."""
-    usual = TINY_ATTENTION.get(method_name(attention), {}) if preset.name == "tiny" else {}
+    """The preset with `attention`, `dense` or a method of `sparse_core`, over views and places.
+
+    options: of the method's config. `plan`, for a method that has plans, is the path of one, or paths by place, which must
+    be there whenever the model is loaded; what tiny sets for a method then does not hold. Raises ValueError naming the
+    closest method where there is none, and for options that it does not have.
+    """
+    usual = {}
+    if preset.name == "tiny" and attention != "dense" and "plan" not in options:
+        usual = TINY_ATTENTION.get(get_method(attention).name, {})
     unet = replace(
         preset.unet, attention=attention, attention_options=usual | options, attention_places=r"\.views\."
     )
@@ -156,7 +164,7 @@ def tiny(attention: str = "dense", **options: Any) -> Preset:
         train_world=TrainConfig(steps=10_000, batch=8, rate=1e-3, average=0.998, save_every=250),
         train_policy=TrainConfig(steps=4000, batch=64, rate=1e-3, average=0.998, log_every=50),
     )
-    return preset if attention == "dense" else with_attention(preset, attention, **options)
+    return with_attention(preset, attention, **options) if attention != "dense" or options else preset
 
 
 def small() -> Preset:

@@ -8,22 +8,63 @@ forward), ``camera_to_world`` [4, 4], intrinsics [3, 3] in pixels with pixel cen
 # mujoco's names come from compiled modules without stubs.
 
 import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import mujoco
 import numpy as np
 
-from sims.errors import expect_name
+from sims.errors import expect, expect_name
 
 OPENCV_FROM_MUJOCO = np.diag([1.0, -1.0, -1.0])
+TABLE = ((-0.40, -0.75, -0.06), (1.10, 0.75, 0.0))  # lowest and highest corner, metres
+FLOOR = -0.5  # metres
+CLEARANCE = 0.02  # metres: nearer than this nothing is drawn
+STEEPEST = 1e-3  # radians off the vertical: nearer to it the picture has no upright
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CameraPlacement:
-    """A static camera: position and look-at point in metres, vertical field of view in degrees."""
+    """A static camera: position and look-at point in metres, vertical field of view in degrees.
+
+    Raises ValueError for numbers that are not finite, a camera inside the table or the floor, one that looks along
+    the vertical (its picture has no upright) or at itself, and a field of view outside (0, 180).
+    """
 
     position: tuple[float, float, float]
     look_at: tuple[float, float, float]
     fovy: float
+
+    def __post_init__(self) -> None:
+        for name in ("position", "look_at"):
+            object.__setattr__(self, name, _point(name, getattr(self, name)))
+        expect(0.0 < self.fovy < 180.0, "fovy", "degrees in (0, 180)", self.fovy)
+        place, low, high = np.array(self.position), *np.array(TABLE)
+        inside = bool(((place > low - CLEARANCE) & (place < high + CLEARANCE)).all())
+        expect(not inside, "position", "a point outside the table", self.position, "raise the camera")
+        expect(
+            self.position[2] > FLOOR + CLEARANCE,
+            "position",
+            f"a point above the floor at {FLOOR} m",
+            self.position,
+            "raise the camera",
+        )
+        view = np.array(self.look_at) - place
+        expect(
+            float(np.hypot(view[0], view[1])) > STEEPEST * float(np.linalg.norm(view)),
+            "look_at",
+            "a point that is not straight above or below the camera",
+            f"{self.look_at} from {self.position}",
+            "move one of them sideways",
+        )
+
+
+def _point(name: str, value: Sequence[float]) -> tuple[float, float, float]:
+    numbers = np.asarray(value, float)
+    good = numbers.shape == (3,) and bool(np.isfinite(numbers).all())
+    expect(good, name, "3 finite numbers in metres", value)
+    return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
 
 
 # The field is about 50 cm wide at the workspace, so a 5 cm cube covers 6-7 of 64 pixels. The top camera
@@ -36,10 +77,125 @@ ANCHORS: dict[str, CameraPlacement] = {
 }
 CAMERAS = (*ANCHORS, "wrist")
 
+# Rings of free cameras: pictures of about the same scale as the anchors', from 22 to 44 degrees above the table.
+RING_RADIUS = 0.78  # metres, horizontal
+RING_HEIGHT = (0.42, 0.86)  # metres above the table
+RING_LOOK_AT = (0.51, 0.0, 0.10)
+RING_FOVY = 36.0
+RING_ARC = math.radians(300.0)  # leaves out the views from behind the arm, which hides the workspace there
+Height = float | tuple[float, float]
 
-def check_camera(name: str) -> str:
+
+def ring(
+    n: int,
+    *,
+    radius: float = RING_RADIUS,
+    height: Height = RING_HEIGHT,
+    look_at: tuple[float, float, float] = RING_LOOK_AT,
+    fovy: float = RING_FOVY,
+    arc: float = RING_ARC,
+    phase: float = 0.0,
+    name: str = "ring",
+) -> dict[str, CameraPlacement]:
+    """``n`` cameras around the workspace, named ``ring_00``, ``ring_01``, ...
+
+    Args:
+        radius: horizontal distance from ``look_at``, metres.
+        height: metres above the table. A pair (low, high) makes a dome: ``n`` different heights between the two,
+            dealt out so that neighbours differ much.
+        look_at: the point that all look at, metres.
+        fovy: vertical field of view, degrees.
+        arc: how much of the circle they share evenly, radians up to 2 pi; by default 300 degrees.
+        phase: azimuth of the arc's middle in radians, 0 in front of the robot, growing to its left.
+        name: what the names begin with.
+
+    Raises:
+        ValueError: ``n`` < 1, a radius or an arc out of range, or a camera that cannot be (``CameraPlacement``).
+    """
+    expect(isinstance(n, int) and n >= 1, "n", "a whole number of cameras >= 1", repr(n))
+    return _dome(name, _steps(n), _shuffled(_steps(n)), radius, height, look_at, fovy, arc, phase)
+
+
+def holdout_ring(
+    n: int,
+    *,
+    beside: int,
+    radius: float = RING_RADIUS,
+    height: Height = RING_HEIGHT,
+    look_at: tuple[float, float, float] = RING_LOOK_AT,
+    fovy: float = RING_FOVY,
+    arc: float = RING_ARC,
+    phase: float = 0.0,
+    name: str = "holdout",
+) -> dict[str, CameraPlacement]:
+    """``n`` cameras named ``holdout_00``, ... as far as can be in azimuth and in height from ``ring(beside)``.
+
+    Azimuths lie halfway between those that the two rings could share, the heights of a dome too, so no camera has
+    either in common with ``ring(beside)`` made with the same arguments. Those are explained there.
+
+    Raises:
+        ValueError: as :func:`ring`; also for ``beside`` < 1.
+    """
+    expect(isinstance(n, int) and n >= 1, "n", "a whole number of cameras >= 1", repr(n))
+    expect(isinstance(beside, int) and beside >= 1, "beside", "a whole number of cameras >= 1", repr(beside))
+    common = math.lcm(n, beside)
+    # Steps are odd multiples of 1 / 2n, so those of the two rings meet where both divide `common` alike.
+    meet = (common // n) % 2 == (common // beside) % 2
+    steps = [step + 0.5 / common * meet for step in _steps(n)]
+    return _dome(name, steps, _shuffled(steps), radius, height, look_at, fovy, arc, phase)
+
+
+def _steps(n: int) -> list[float]:
+    """The middles of ``n`` equal parts of [0, 1]."""
+    return [(i + 0.5) / n for i in range(n)]
+
+
+def _shuffled(values: list[float]) -> list[float]:
+    """The same values in strides of about the golden section, so that neighbours differ much."""
+    n = len(values)
+    stride = min((s for s in range(1, n + 1) if math.gcd(s, n) == 1), key=lambda s: abs(s - 0.618 * n))
+    return [values[i * stride % n] for i in range(n)]
+
+
+def _dome(
+    name: str,
+    turns: list[float],
+    levels: list[float],
+    radius: float,
+    height: Height,
+    look_at: tuple[float, float, float],
+    fovy: float,
+    arc: float,
+    phase: float,
+) -> dict[str, CameraPlacement]:
+    """Cameras at the given shares of the arc and of the height between low and high."""
+    expect(radius > 0.0, "radius", "metres > 0", radius)
+    expect(0.0 < arc <= 2.0 * math.pi, "arc", "radians in (0, 2 pi]", arc)
+    low, high = height if isinstance(height, tuple) else (height, height)
+    cameras = {}
+    for i, (turn, level) in enumerate(zip(turns, levels, strict=True)):
+        azimuth = phase + arc * (turn - 0.5)
+        x, y = look_at[0] + radius * math.cos(azimuth), look_at[1] + radius * math.sin(azimuth)
+        position = (x, y, low + (high - low) * level)
+        cameras[f"{name}_{i:02d}"] = CameraPlacement(position=position, look_at=look_at, fovy=fovy)
+    return cameras
+
+
+def check_camera(name: str, free: Iterable[str] = ()) -> str:
     """Return ``name`` if such a camera exists, else raise naming the closest."""
-    return expect_name(name, CAMERAS, "camera")
+    return expect_name(name, (*CAMERAS, *free), "camera")
+
+
+def check_free_cameras(cameras: Mapping[str, CameraPlacement] | None) -> dict[str, CameraPlacement]:
+    """A copy of name -> placement; raises ValueError for names that are taken or that files cannot hold."""
+    free = dict(cameras or {})
+    for name, camera in free.items():
+        plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None
+        expect(plain, "free_cameras", "names of letters, digits, '_', '.' and '-'", repr(name))
+        expect(name not in CAMERAS, "free_cameras", "names that are not taken", repr(name), "choose another")
+        kind = type(camera).__name__
+        expect(isinstance(camera, CameraPlacement), f"free_cameras[{name!r}]", "a CameraPlacement", kind)
+    return free
 
 
 def look_at_rotation(position: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -53,10 +209,10 @@ def look_at_rotation(position: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.stack([right, np.cross(back, right), back], axis=1)
 
 
-def cameras_xml() -> str:
-    """The static cameras as MJCF."""
+def cameras_xml(free: Mapping[str, CameraPlacement] | None = None) -> str:
+    """The static cameras as MJCF, the free ones after the anchors."""
     lines = []
-    for name, camera in ANCHORS.items():
+    for name, camera in {**ANCHORS, **(free or {})}.items():
         axes = look_at_rotation(np.array(camera.position), np.array(camera.look_at))
         numbers = " ".join(f"{v:.9g}" for v in (*axes[:, 0], *axes[:, 1]))
         place = " ".join(str(v) for v in camera.position)

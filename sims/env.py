@@ -1,6 +1,7 @@
 """The Gymnasium environment of all tabletop tasks."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -8,12 +9,14 @@ import numpy as np
 from gymnasium import spaces
 
 from sims import randomization
-from sims.cameras import camera_to_world, check_camera, intrinsics
+from sims.bodies import body_of_geom, body_poses, find_bodies
+from sims.cameras import CameraPlacement, camera_to_world, check_camera, check_free_cameras, intrinsics
 from sims.errors import expect, expect_name
 from sims.randomization import Appearance, Randomization
-from sims.rendering import MODALITIES, SharedRenderer, shared_renderer
+from sims.rendering import MODALITIES, SharedRenderer, Shot, shared_renderer
 from sims.simulation import HOME_TCP, PHYSICS_STEP, Simulation
 from sims.tasks import TASKS, make_task
+from sims.views import Drawer, Pictures, Views, key_of
 
 STATE_SIZE = 11
 PRIVILEGED_SIZE = 24
@@ -33,13 +36,20 @@ class TabletopEnv(gymnasium.Env):
     TCP quaternion wxyz (4, w.r.t. the world), finger opening (1, metres), commanded minus measured TCP
     position (3, metres); with the modalities ``depth`` {camera: float32 [P, P] metres along the axis} and
     ``segmentation`` {camera: uint8 [P, P]}: 0 background, 1 robot, 2 + i the task's i-th object
-    (``segmentation_classes``).
+    (``segmentation_classes``); ``bodies`` {camera: uint8 [P, P]}: 0 background, 1 + i the i-th of the rigid bodies
+    (``bodies``: robot links, hand and fingers, task objects; names and order depend on the task alone).
+
+    With the modality ``bodies``, ``info["bodies"]`` {body: float64 [7]} holds their poses in the world: x y z in
+    metres, quaternion wxyz.
 
     ``info["privileged"]`` float32 [24]: 0-2 object position, 3 object yaw (quarter-turn), 4-6 goal
     position, 7 drawer opening, 8-10 cue one-hot (red, green, blue), 11 go signal, 12 timer level, 13-15
     nominal home TCP, 16 gripper command (+1 open, -1 closed), 17 held successes / 4, 18 step / max_steps,
     19-23 task one-hot in the order of ``sims.TASKS``. Lengths in metres. Together with ``state`` it decides
     what an expert does.
+
+    ``free_cameras`` {name: CameraPlacement} adds static cameras to the built-in ones; ``cameras`` names those to
+    observe, of both kinds (``sims.cameras.ring`` and ``holdout_ring`` make many).
 
     An episode terminates when success has held for 4 steps or the task is lost, and is truncated at
     ``max_steps``.
@@ -53,6 +63,7 @@ class TabletopEnv(gymnasium.Env):
         *,
         image_size: int = 64,
         cameras: Sequence[str] = ("front", "left", "top"),
+        free_cameras: Mapping[str, CameraPlacement] | None = None,
         modalities: Sequence[str] = ("rgb",),
         randomize: bool | Randomization = False,
         render_mode: str | None = None,
@@ -86,7 +97,10 @@ class TabletopEnv(gymnasium.Env):
             f"write ({modalities!r},)",
         )
         expect(render_mode in (None, "rgb_array"), "render_mode", "None or 'rgb_array'", repr(render_mode))
-        self.cameras = tuple(check_camera(name) for name in cameras)
+        self.free_cameras = check_free_cameras(free_cameras)
+        self.cameras = tuple(check_camera(name, self.free_cameras) for name in cameras)
+        twice = sorted({name for name in self.cameras if self.cameras.count(name) > 1})
+        expect(not twice, "cameras", "distinct names", f"{', '.join(twice)} twice")
         self.modalities = tuple(expect_name(name, MODALITIES, "modality") for name in modalities)
         self.image_size = int(image_size)
         self.render_mode = render_mode
@@ -94,7 +108,7 @@ class TabletopEnv(gymnasium.Env):
         self.task = make_task(task, **task_options)
         self.max_steps = self.task.max_steps
         self.metadata = {**self.metadata, "render_fps": control_hz}
-        self.sim = Simulation(self.task)
+        self.sim = Simulation(self.task, self.free_cameras)
         self._appearance = Appearance(self.sim.model)
         self._substeps = max(1, round(1 / (control_hz * PHYSICS_STEP)))
         per_step = self._substeps * PHYSICS_STEP
@@ -102,7 +116,13 @@ class TabletopEnv(gymnasium.Env):
             [TRANSLATION_PER_SECOND * per_step] * 3 + [ROTATION_PER_SECOND * per_step] * 3 + [1.0], np.float32
         )
         self.segmentation_classes = ("background", "robot", *self.task.objects)
-        self._class_of_geom = self._geom_classes()
+        self.bodies = find_bodies(self.sim.model, self.task.objects)
+        self._tables = {
+            "segmentation": self._geom_classes(),
+            "bodies": body_of_geom(self.sim.model, self.bodies),
+        }
+        self._views = Views(self.sim.model, self.cameras, self.modalities, self.image_size, self._tables)
+        self._draws = True
         self._renderer: SharedRenderer | None = None
         self._running = False
         self.action_space = spaces.Box(-1.0, 1.0, (7,), np.float32)
@@ -110,16 +130,38 @@ class TabletopEnv(gymnasium.Env):
 
     def _observation_space(self) -> spaces.Dict:
         size = self.image_size
-        picture = {
-            "rgb": ("images", lambda: spaces.Box(0, 255, (size, size, 3), np.uint8)),
-            "depth": ("depth", lambda: spaces.Box(0.0, np.inf, (size, size), np.float32)),
-            "segmentation": ("segmentation", lambda: spaces.Box(0, 255, (size, size), np.uint8)),
-        }
+        ids: Any = (0, 255, (size, size), np.uint8)
+        box: dict[str, Any] = {
+            "rgb": (0, 255, (size, size, 3), np.uint8), "depth": (0.0, np.inf, (size, size), np.float32),
+            "segmentation": ids, "bodies": ids,
+        }  # fmt: skip
         parts: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (STATE_SIZE,), np.float32)}
-        for modality in self.modalities if self.cameras else ():
-            key, box = picture[modality]
-            parts[key] = spaces.Dict({name: box() for name in self.cameras})
+        for modality in self.modalities if self.cameras and self._draws else ():
+            parts[key_of(modality)] = spaces.Dict({name: spaces.Box(*box[modality]) for name in self.cameras})
         return spaces.Dict(parts)
+
+    @property
+    def draws(self) -> bool:
+        """Whether observations hold pictures. Without, ``shoot`` and a ``make_drawer`` give them apart."""
+        return self._draws
+
+    @draws.setter
+    def draws(self, value: bool) -> None:
+        self._draws = bool(value)
+        self.observation_space = self._observation_space()
+
+    @property
+    def draws_apart(self) -> bool:
+        """Whether OpenGL can be used in a thread of its own here."""
+        return os.environ.get("MUJOCO_GL") in ("egl", "osmesa") and bool(self.cameras)
+
+    def shoot(self) -> dict[str, Shot]:
+        """What the cameras see now, for a drawer."""
+        return self._views.shoot(self.sim.data)
+
+    def make_drawer(self) -> Drawer:
+        """Makes pictures of shots in the thread that calls this; ``close`` it there."""
+        return Drawer(self._views)
 
     def _geom_classes(self) -> np.ndarray:
         """Segmentation class of each geom id; the last entry serves id -1."""
@@ -191,12 +233,12 @@ class TabletopEnv(gymnasium.Env):
         return np.concatenate(parts).astype(np.float32)
 
     def _observe(self) -> dict[str, Any]:
-        observation: dict[str, Any] = {}
-        for modality in self.modalities if self.cameras else ():
-            key = "images" if modality == "rgb" else modality
-            observation[key] = {name: self.render_camera(name, modality) for name in self.cameras}
-        observation["state"] = self._state()
-        return observation
+        return {**self._pictures(), "state": self._state()}
+
+    def _pictures(self) -> Pictures:
+        if not (self.cameras and self._draws):
+            return {}
+        return self._views.draw(self.shoot(), self._retained())
 
     def _info(self, success: bool) -> dict[str, Any]:
         poses = {
@@ -206,12 +248,15 @@ class TabletopEnv(gymnasium.Env):
             }
             for name in self.cameras
         }
-        return {
+        info = {
             "task": self.instruction,
             "is_success": success,
             "cameras": poses,
             "privileged": self.expert_state(),
         }
+        if "bodies" in self.modalities:
+            info["bodies"] = body_poses(self.sim.model, self.sim.data, self.bodies)
+        return info
 
     def expert_state(self) -> np.ndarray:
         """The privileged vector float32 [24] described in the class docstring."""
@@ -229,18 +274,21 @@ class TabletopEnv(gymnasium.Env):
         return np.concatenate(parts).astype(np.float32)
 
     def render_camera(self, name: str, modality: str = "rgb", size: int | None = None) -> np.ndarray:
-        """A picture now: rgb uint8 [P, P, 3], depth float32 [P, P] metres or segmentation uint8 [P, P]."""
-        check_camera(name)
+        """A picture now: rgb uint8 [P, P, 3], depth float32 [P, P] metres, segmentation or bodies uint8 [P, P]."""
+        check_camera(name, self.free_cameras)
         expect_name(modality, MODALITIES, "modality")
         size = self.image_size if size is None else size
         expect(size > 0, "size", "a whole number of pixels > 0", size)
+        views = Views(self.sim.model, (name,), (modality,), size, self._tables, self._views.spare)
+        return views.draw(views.shoot(self.sim.data), self._retained())[key_of(modality)][name]
+
+    def _retained(self) -> SharedRenderer:
+        """The renderer of the process, counted as used by this environment."""
         renderer = shared_renderer()
         if renderer is not self._renderer:
             renderer.retain()
             self._renderer = renderer
-        model = self.sim.model
-        picture = renderer.render(model, self.sim.data, model.camera(name).id, modality, size)
-        return self._class_of_geom[picture] if modality == "segmentation" else picture
+        return renderer
 
     def render(self) -> np.ndarray | None:
         """The first camera's picture in ``rgb_array`` mode."""

@@ -45,6 +45,8 @@ class Expert:
     The label is what the expert would do in the visited state (DART, Laskey et al. 2017, arXiv 1703.09327).
     """
 
+    needs_pictures = False  # the state and the privileged facts decide
+
     def __init__(self, env: gymnasium.Env, noise: float, rng: np.random.Generator) -> None:
         expect(noise >= 0.0, "noise", "a factor >= 0", noise)
         base = cast(TabletopEnv, env.unwrapped)

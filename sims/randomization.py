@@ -19,8 +19,8 @@ class Randomization:
     """Switches of domain randomisation; each can be used alone.
 
     colours: shift of every surface colour, and a fresh table grey. lights: strength and direction. cameras:
-    positions and look-at points of the static cameras. spread: factor on the range of object positions (1 =
-    the task's own).
+    positions and look-at points of the built-in static cameras (free ones stay where they were put). spread:
+    factor on the range of object positions (1 = the task's own).
     """
 
     colours: bool = True

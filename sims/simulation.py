@@ -5,12 +5,13 @@ with.
 # pyright: reportAttributeAccessIssue=false
 # mujoco's names come from compiled modules without stubs.
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import mujoco
 import numpy as np
 
-from sims.cameras import cameras_xml
+from sims.cameras import CameraPlacement, cameras_xml
 from sims.robots import panda
 from sims.robots.ik import ARM_DOFS, shared_ik
 
@@ -71,12 +72,12 @@ SCENE_XML = """
 </mujoco>"""
 
 
-def scene_xml(task: "Task") -> str:
+def scene_xml(task: "Task", free_cameras: Mapping[str, CameraPlacement] | None = None) -> str:
     """MJCF of the whole scene."""
     return SCENE_XML.format(
         dt=PHYSICS_STEP,
         robot_defaults=panda.defaults_xml(),
-        cameras=cameras_xml(),
+        cameras=cameras_xml(free_cameras),
         robot=panda.body_xml(),
         task=task.xml(),
         coupling=panda.coupling_xml(),
@@ -107,8 +108,8 @@ def rotation_from_down(quaternion: np.ndarray) -> np.ndarray:
 class Simulation:
     """Model, data and the accumulated TCP command of one environment."""
 
-    def __init__(self, task: "Task") -> None:
-        self.model = mujoco.MjModel.from_xml_string(scene_xml(task))
+    def __init__(self, task: "Task", free_cameras: Mapping[str, CameraPlacement] | None = None) -> None:
+        self.model = mujoco.MjModel.from_xml_string(scene_xml(task, free_cameras))
         self.data = mujoco.MjData(self.model)
         self._arm = np.array([self.model.joint(f"joint{i + 1}").qposadr[0] for i in range(ARM_DOFS)])
         self._fingers = [self.model.joint(name).qposadr[0] for name in ("finger_left", "finger_right")]

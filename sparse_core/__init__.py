@@ -10,7 +10,7 @@ from sparse_core.attention.slot import AttentionSlot, share_masks
 from sparse_core.counters import Counter, count
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.gather_decode import decode_attention
-from sparse_core.registry import get_method, list_methods
+from sparse_core.registry import get_method, list_methods, make_attention
 from sparse_core.sparsify import sparsify
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "decode_attention",
     "get_method",
     "list_methods",
+    "make_attention",
     "share_masks",
     "sparsify",
 ]

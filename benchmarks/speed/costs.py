@@ -35,7 +35,7 @@ LONG_OPTIONS: dict[str, dict[str, Any]] = {
     "attention/moa": {"density": 0.1},
     "attention/routing": {"num_clusters": 40, "window": 500},
     "attention/seer": {"selection": "ratio", "amount": 0.1},
-    "attention/minference": {"share": 0.1},
+    "attention/minference": {"pattern": "block_sparse", "share": 0.1},
 }
 
 

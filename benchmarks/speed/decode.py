@@ -1,11 +1,11 @@
 """Decoding over selected keys against dense decoding, and a whole stack of layers under TidalDecode's schedule.
 
-    python -m benchmarks.speed.decode [--device cuda --batch 8 --heads 32 --dense sdpa flash cudnn flex products]
+    python -m benchmarks.speed.decode [--device cuda --batch 8 --heads 32 --dense sdpa flash cudnn flex products own_dense]
 
 One query per head; one thread and float32 on a CPU, bfloat16 on a GPU. Selections rotate, since one that is used again
-lies in the cache of the processor. The dense side is torch's SDPA, and besides a good loop over every key: on a CPU our
-own kernel, since SDPA decodes slowly there; on a GPU flex_attention, which splits the keys of a head, and two plain
-products, since what our own code does there gathers. A rival that fails leaves its reason. Writes `speed/decode.json`.
+lies in the cache of the processor. The dense side is torch's SDPA, and besides a good loop over every key: our own kernel
+(`own_dense`), since SDPA decodes slowly on a CPU and need not cut the keys of a head into parts on a GPU; and there also
+flex_attention, which does, and two plain products. A rival that fails leaves its reason. Writes `speed/decode.json`.
 """
 
 from __future__ import annotations

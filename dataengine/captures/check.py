@@ -374,7 +374,7 @@ def build_views(
         images=raw / 255 if raw.dtype == torch.uint8 else raw.float(),
         depth=None if scaled is None else scaled * depth_scale,
         confidence=None if kept is None else (kept > 0).float(),
-        segmentation=stack(segmentation, torch.long),
+        body_ids=stack(segmentation, torch.long),
         fps=fps,
     )
     if axes == "auto":

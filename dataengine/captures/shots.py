@@ -252,7 +252,7 @@ def gather(
         images=images.clamp(0, 1),
         depth=stacked(2, torch.float32, 0),
         confidence=stacked(3, torch.float32, 1),
-        segmentation=stacked(4, torch.long, 0),
+        body_ids=stacked(4, torch.long, 0),
         provenance=torch.tensor([[shot.provenance for shot in row] for row in grid]),
         fps=fps,
     )

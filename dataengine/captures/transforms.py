@@ -194,7 +194,7 @@ def write_transforms(folder: str | PathLike[str], views: Views) -> Path:
         "file_path": ("images", views.images, pictures.write_image),
         "depth_file_path": ("depth", views.depth, pictures.write_depth),
         "mask_path": ("masks", views.confidence, pictures.write_mask),
-        "segmentation_path": ("segmentation", views.segmentation, pictures.write_ids),
+        "segmentation_path": ("segmentation", views.body_ids, pictures.write_ids),
     }
     for t in range(len(views)):
         now = cameras.at(t)

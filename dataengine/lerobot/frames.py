@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dataengine.bodies import POSE
 from dataengine.cameras import Cameras, check_intrinsics, check_rigid
 from dataengine.errors import closest
 from dataengine.lerobot import layout
@@ -40,6 +42,8 @@ def check_frame(
     cameras: Mapping[str, Mapping[str, Any]] | Cameras | None,
     depth: Mapping[str, Any] | None,
     segmentation: Mapping[str, Any] | None,
+    bodies: Mapping[str, Any] | None,
+    body_ids: Mapping[str, Any] | None,
     extra: Mapping[str, Any],
     provenance: str | Mapping[str, str],
     timestamp: float | None,
@@ -57,7 +61,10 @@ def check_frame(
     for view, value in _optional("depth", depth, spec.depth, spec).items():
         pictures[layout.DEPTH + view] = _depth(view, value, spec)
     for view, value in _optional("segmentation", segmentation, spec.segmentation, spec).items():
-        row[layout.SEGMENTATION + view] = _segmentation(view, value, spec)
+        row[layout.SEGMENTATION + view] = _ids("segmentation", view, value, spec, -1, NO_ID - 1)
+    row.update(_body_column(bodies, spec))
+    for view, value in _optional("body_ids", body_ids, spec.body_ids, spec).items():
+        row[layout.BODY_IDS + view] = _ids("body_ids", view, value, spec, 0, len(spec.bodies))
     row.update(_camera_columns(cameras, spec))
     row.update(_extra_columns(extra, spec))
     row.update(_provenance_columns(provenance, spec))
@@ -126,16 +133,17 @@ def _depth(view: str, value: Any, spec: DatasetSpec) -> NDArray[Any]:
     return depth
 
 
-def _segmentation(view: str, value: Any, spec: DatasetSpec) -> dict[str, Any]:
+def _ids(argument: str, view: str, value: Any, spec: DatasetSpec, low: int, high: int) -> dict[str, Any]:
     ids = np.asarray(value)
     if not np.issubdtype(ids.dtype, np.integer) or ids.shape != spec.image_size:
         raise ValueError(
-            f"segmentation[{view!r}]: expected integers {list(spec.image_size)}, got {shape_of(ids)}; "
+            f"{argument}[{view!r}]: expected integers {list(spec.image_size)}, got {shape_of(ids)}; "
             "convert or resize it"
         )
-    if ids.min() < -1 or ids.max() >= NO_ID:
+    if ids.min() < low or ids.max() > high:
+        nothing = f"{low} (nothing)" if low < 0 else f"{low} (background)"
         raise ValueError(
-            f"segmentation[{view!r}]: expected ids from -1 (nothing) to {NO_ID - 1}, got {ids.min()} to "
+            f"{argument}[{view!r}]: expected ids from {nothing} to {high}, got {ids.min()} to "
             f"{ids.max()}; renumber them"
         )
     return {"bytes": encode_ids(ids), "path": None}
@@ -166,11 +174,17 @@ def _camera_columns(
     for view, camera in _optional("cameras", cameras, spec.cameras, spec).items():
         pose = _matrix(f"cameras[{view!r}]", camera, "camera_to_world", 4)
         matrix = _matrix(f"cameras[{view!r}]", camera, "intrinsics", 3)
-        check_rigid(pose, f"cameras[{view!r}]['camera_to_world']")
-        check_intrinsics(matrix, f"cameras[{view!r}]['intrinsics']")
+        _check_camera(view, pose.tobytes(), matrix.tobytes())
         columns[f"{layout.CAMERA}{view}.extrinsics"] = pose.ravel()
         columns[f"{layout.CAMERA}{view}.intrinsics"] = matrix.ravel()
     return columns
+
+
+@lru_cache(maxsize=1024)  # most cameras stand still, and checking costs as much as encoding a small picture
+def _check_camera(view: str, pose: bytes, matrix: bytes) -> None:
+    """Raise ``ValueError`` unless the float32 numbers are a rigid pose and a pinhole matrix."""
+    check_rigid(np.frombuffer(pose, np.float32).reshape(4, 4), f"cameras[{view!r}]['camera_to_world']")
+    check_intrinsics(np.frombuffer(matrix, np.float32).reshape(3, 3), f"cameras[{view!r}]['intrinsics']")
 
 
 def _as_mapping(cameras: Cameras) -> dict[str, dict[str, Any]]:
@@ -194,6 +208,25 @@ def _matrix(argument: str, camera: Mapping[str, Any], key: str, side: int) -> ND
             "view"
         )
     return matrix.copy()
+
+
+def _body_column(bodies: Mapping[str, Any] | None, spec: DatasetSpec) -> dict[str, Any]:
+    if not spec.bodies and bodies is None:
+        return {}
+    if not isinstance(bodies, Mapping) or tuple(bodies) != spec.bodies:
+        got = list(bodies) if isinstance(bodies, Mapping) else type(bodies).__name__
+        raise ValueError(
+            f"bodies: expected {list(spec.bodies)} -> 7 numbers, got {got}; pass all bodies of the writer in their order"
+        )
+    poses = [_vector(f"bodies[{name!r}]", pose, len(POSE)) for name, pose in bodies.items()]
+    for name, pose in zip(spec.bodies, poses, strict=True):
+        length = float(np.linalg.norm(pose[3:]))
+        if abs(length - 1.0) > 1e-3:
+            raise ValueError(
+                f"bodies[{name!r}]: expected x y z and a quaternion wxyz of length 1, got length {length:.4g}; "
+                "normalise it"
+            )
+    return {layout.BODY_POSES: np.concatenate(poses)}
 
 
 def _extra_columns(extra: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
@@ -287,7 +320,7 @@ class EpisodeRows:
         row = meta.to_row()
         stats = {k: s.result() for k, s in self.pictures.items()}
         # poses, ids and provenance are nothing to normalise; leaving them out keeps the file small
-        skipped = (layout.SEGMENTATION, layout.CAMERA, layout.PROVENANCE)
+        skipped = (*layout.ID_PICTURES, layout.CAMERA, layout.BODY_POSES, layout.PROVENANCE)
         stats.update({k: vector_stats(data[k]) for k in data.column_names if not k.startswith(skipped)})
         for key, values in stats.items():
             row.update({f"stats/{key}/{name}": value for name, value in values.items()})
@@ -295,6 +328,12 @@ class EpisodeRows:
 
 
 def _meta_type(name: str, value: Any) -> pa.DataType | None:
+    """The type that Arrow would find itself, told because its search looks on disk for pandas again and again where
+    that is not installed.
+    """
     if value is None:  # a column must keep its type when the value is unknown
         return pa.bool_() if name == "success" else pa.int64()
-    return None
+    if isinstance(value, list):
+        inner = _meta_type(name, value[0]) if value else None
+        return None if inner is None else pa.list_(inner)
+    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}.get(type(value))

@@ -2,7 +2,12 @@
 
 Source: the published format of LeRobot datasets, codebase version v3.0 (info.json, tasks.parquet, episodes
 parquet). Extensions, all of which other readers may ignore: camera poses per frame, depth and segmentation,
-provenance per view and frame, success and seed per episode.
+poses of rigid bodies, provenance per view and frame, success and seed per episode.
+
+Bodies: ``observation.body_poses`` is one float32 vector of 7 numbers per body (x y z in metres, quaternion wxyz); its
+``names`` are ``<body>.x``, ``<body>.y``, ... and thus say which bodies there are, in which order.
+``observation.body_ids.<view>`` is a 16-bit PNG like ``observation.segmentation.<view>``, beside which it may stand: 0 is
+the background, 1 + i the i-th body.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dataengine.bodies import POSE
 from dataengine.errors import closest
 from dataengine.lerobot.video import DepthCodec, VideoCodec
 
@@ -36,6 +42,8 @@ DEPTH, SEGMENTATION, CAMERA, PROVENANCE = (
     "observation.camera.",
     "provenance.",
 )
+BODY_POSES, BODY_IDS = "observation.body_poses", "observation.body_ids."
+ID_PICTURES = (SEGMENTATION, BODY_IDS)
 SUCCESS = "next.success"
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
@@ -54,12 +62,15 @@ class DatasetSpec:
         state_dim, action_dim: lengths of the state and action vectors.
         depth, segmentation: whether every view also has depth in metres and integer ids.
         cameras: whether every frame also has the pose and intrinsics of every view.
+        bodies: names of the rigid bodies whose poses every frame has.
+        body_ids: whether every view also has the id of the body that each pixel shows.
         extra: further float32 vectors, name -> length, such as ``{"action.clean": 7}``.
         robot_type: free text for ``info.json``.
         video, depth_codec: how images and depth are stored.
 
     Raises:
-        ValueError: a size below 1, no or repeated views, a name that the layout cannot hold.
+        ValueError: a size below 1, no or repeated views, repeated bodies, ids without bodies, a name that the layout
+            cannot hold.
     """
 
     fps: float
@@ -70,6 +81,8 @@ class DatasetSpec:
     depth: bool = False
     segmentation: bool = False
     cameras: bool = False
+    bodies: tuple[str, ...] = ()
+    body_ids: bool = False
     extra: dict[str, int] = field(default_factory=dict)
     robot_type: str = "unknown"
     video: VideoCodec = field(default_factory=VideoCodec)
@@ -80,6 +93,10 @@ class DatasetSpec:
             raise ValueError(f"fps: expected frames per second above 0, got {self.fps}")
         if not self.views or len(set(self.views)) != len(self.views):
             raise ValueError(f"views: expected at least one name and no name twice, got {list(self.views)}")
+        if len(set(self.bodies)) != len(self.bodies):
+            raise ValueError(f"bodies: expected no name twice, got {list(self.bodies)}")
+        if self.body_ids and not self.bodies:
+            raise ValueError("body_ids: expected the names of the bodies beside it, got none; pass bodies")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(
                 f"image_size: expected (height, width) of at least 1 pixel, got {self.image_size}"
@@ -91,10 +108,10 @@ class DatasetSpec:
         self._check_names()
 
     def _check_names(self) -> None:
-        for name in (*self.views, *self.extra):
+        for name in (*self.views, *self.bodies, *self.extra):
             if not name or "/" in name:
                 raise ValueError(
-                    f"views, extra: expected names without '/', got {name!r}; LeRobot uses '/' in its columns"
+                    f"views, bodies, extra: expected names without '/', got {name!r}; LeRobot uses '/' in its columns"
                 )
         fixed = self._fixed_features()
         for name in self.extra:
@@ -127,18 +144,21 @@ class DatasetSpec:
             out[IMAGES + view] = self._video_feature(3, self.video.to_info(), depth=False)
             if self.depth:
                 out[DEPTH + view] = self._video_feature(1, self.depth_codec.to_info(), depth=True)
-            if self.segmentation:
-                out[SEGMENTATION + view] = {
-                    "dtype": "image",
-                    "shape": [*self.image_size, 1],
-                    "names": ["height", "width", "channels"],
-                }
+            for prefix, wanted in ((SEGMENTATION, self.segmentation), (BODY_IDS, self.body_ids)):
+                if wanted:
+                    out[prefix + view] = self._id_feature()
             if self.cameras:
                 out[f"{CAMERA}{view}.extrinsics"] = _vector(16)
                 out[f"{CAMERA}{view}.intrinsics"] = _vector(9)
             out[PROVENANCE + view] = {"dtype": "int64", "shape": [1], "names": None}
+        if self.bodies:
+            names = [f"{body}.{part}" for body in self.bodies for part in POSE]
+            out[BODY_POSES] = {**_vector(len(names)), "names": names}
         out[SUCCESS] = {"dtype": "bool", "shape": [1], "names": None}
         return out
+
+    def _id_feature(self) -> dict[str, Any]:
+        return {"dtype": "image", "shape": [*self.image_size, 1], "names": ["height", "width", "channels"]}
 
     def _video_feature(self, channels: int, codec: dict[str, Any], *, depth: bool) -> dict[str, Any]:
         height, width = self.image_size
@@ -162,6 +182,12 @@ class DatasetSpec:
 
 def _vector(size: int) -> dict[str, Any]:
     return {"dtype": "float32", "shape": [size], "names": None}
+
+
+def body_names(features: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """Names of the bodies whose poses the features of a dataset hold; empty where there are none."""
+    names = features.get(BODY_POSES, {}).get("names") or ()
+    return tuple(name.removesuffix(f".{POSE[0]}") for name in names[:: len(POSE)])
 
 
 def arrow_schema(features: dict[str, dict[str, Any]]) -> pa.Schema:
@@ -196,7 +222,7 @@ def check_same_features(stored: dict[str, Any], wanted: dict[str, Any], root: Pa
             raise ValueError(
                 f"{key}: expected the features of the dataset in {root}, but {side} ({other}); use a new root"
             )
-        for part in ("dtype", "shape"):
+        for part in ("dtype", "shape", "names") if key == BODY_POSES else ("dtype", "shape"):
             if _plain(stored[key][part]) != _plain(wanted[key][part]):
                 raise ValueError(
                     f"{key}: expected {part} {stored[key][part]} as in the dataset in {root}, got "

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataengine.bodies import Bodies
 from dataengine.cameras import Cameras
 from dataengine.errors import DatasetError, closest, damaged
 from dataengine.lerobot import files, layout, metadata, version2
@@ -33,6 +34,8 @@ class Episode:
         cameras: poses ``[T, V, ...]``, of its columns or else of ``meta/cameras.json``, or None where there are none.
         depth: view -> float32 ``[T, H, W]`` metres, or None.
         segmentation: view -> int32 ``[T, H, W]`` ids, -1 for nothing, or None.
+        bodies: names and poses ``[T, n, 4, 4]`` of rigid bodies, or None.
+        body_ids: view -> int32 ``[T, H, W]``, 0 background, 1 + i the i-th of ``bodies``, or None.
         task: the instruction (of the first frame).
         success, seed: None where not known.
         fps: frames per second.
@@ -57,6 +60,8 @@ class Episode:
     extra: dict[str, NDArray[Any]]
     index: int
     start: int = 0
+    bodies: Bodies | None = None
+    body_ids: dict[str, NDArray[np.int32]] | None = None
 
     def __len__(self) -> int:
         return len(self.timestamp)
@@ -133,13 +138,18 @@ class EpisodeDataset:
     @property
     def _view_keys(self) -> dict[str, str]:
         pictures = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
-        colour = [k for k in pictures if not self._is_depth(k) and not k.startswith(layout.SEGMENTATION)]
+        colour = [k for k in pictures if not self._is_depth(k) and not k.startswith(layout.ID_PICTURES)]
         return {k.removeprefix(layout.IMAGES): k for k in colour}
 
     @property
     def views(self) -> tuple[str, ...]:
         """Names of the colour cameras."""
         return tuple(self._view_keys)
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """Names of the rigid bodies whose poses are recorded; empty where there are none."""
+        return layout.body_names(self.features)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -279,7 +289,7 @@ class EpisodeDataset:
             action=vectors.pop(layout.ACTION, empty).astype(np.float32),
             cameras=self._cameras(vectors, names, count),
             depth=self._depth(meta, start, table, names),
-            segmentation=_segmentation(columns, names),
+            segmentation=_id_pictures(layout.SEGMENTATION, columns, names),
             task=self.tasks[task_index] if task_index < len(self.tasks) else meta.tasks[0],
             success=meta.success,
             seed=meta.seed,
@@ -291,6 +301,8 @@ class EpisodeDataset:
             extra={k: v for k, v in vectors.items() if not _is_known(k)},
             index=meta.index,
             start=start,
+            bodies=self._bodies(vectors),
+            body_ids=_id_pictures(layout.BODY_IDS, columns, names),
         )
 
     def picture_size(self, view: str) -> tuple[int, int]:
@@ -301,6 +313,9 @@ class EpisodeDataset:
         if names[:1] == ["channel"] or (not names and shape[0] in (1, 3) and shape[-1] not in (1, 3)):
             shape = [*shape[1:], shape[0]]
         return int(shape[0]), int(shape[1])
+
+    def _bodies(self, vectors: dict[str, NDArray[Any]]) -> Bodies | None:
+        return Bodies.from_vectors(self.bodies, vectors[layout.BODY_POSES]) if self.bodies else None
 
     def _cameras(
         self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...], count: int
@@ -343,13 +358,13 @@ class EpisodeDataset:
 
 def _is_known(key: str) -> bool:
     prefixes = (layout.CAMERA, layout.PROVENANCE)
-    return key in (*layout.INDEX_COLUMNS, layout.SUCCESS) or key.startswith(prefixes)
+    return key in (*layout.INDEX_COLUMNS, layout.BODY_POSES, layout.SUCCESS) or key.startswith(prefixes)
 
 
-def _segmentation(
-    columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]
+def _id_pictures(
+    prefix: str, columns: dict[str, pa.ChunkedArray], names: tuple[str, ...]
 ) -> dict[str, NDArray[np.int32]] | None:
-    keys = {v: layout.SEGMENTATION + v for v in names if layout.SEGMENTATION + v in columns}
+    keys = {v: prefix + v for v in names if prefix + v in columns}
     if not keys:
         return None
     return {v: np.stack([decode_ids(c["bytes"]) for c in columns[k].to_pylist()]) for v, k in keys.items()}

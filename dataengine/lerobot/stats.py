@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,8 +39,9 @@ class PictureStats:
 
     def _add_colour(self, sample: NDArray[np.uint8]) -> None:
         # a histogram per channel gives all four numbers exactly and ten times faster than four reductions
-        codes = sample.reshape(-1, 3) + np.array([0, 256, 512], dtype=np.int64)
-        counts = np.bincount(codes.ravel(), minlength=768).reshape(3, 256)
+        sample = np.ascontiguousarray(sample)
+        columns = [cv2.calcHist([sample], [channel], None, [256], [0, 256]) for channel in range(3)]
+        counts = np.reshape(columns, (3, 256)).astype(np.int64)
         used = counts > 0
         self.low = np.minimum(self.low, LEVELS[used.argmax(1)])
         self.high = np.maximum(self.high, LEVELS[255 - used[:, ::-1].argmax(1)])

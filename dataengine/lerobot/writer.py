@@ -42,6 +42,8 @@ class EpisodeWriter:
         state_dim, action_dim: vector lengths.
         depth, segmentation: whether frames carry depth (metres) and segmentation (ids) for every view.
         cameras: whether frames carry camera poses; None decides by the first frame.
+        bodies: names of the rigid bodies whose poses frames carry, in the order of their ids.
+        body_ids: whether frames say for every pixel of every view which body it shows.
         extra: further float32 vectors, name -> length.
         robot_type: free text kept in ``info.json``.
         video: compression of the colour images; see :class:`VideoCodec`.
@@ -71,6 +73,8 @@ class EpisodeWriter:
         depth: bool = False,
         segmentation: bool = False,
         cameras: bool | None = None,
+        bodies: Sequence[str] = (),
+        body_ids: bool = False,
         extra: Mapping[str, int] | None = None,
         robot_type: str = "unknown",
         video: VideoCodec | None = None,
@@ -86,6 +90,8 @@ class EpisodeWriter:
             depth=depth,
             segmentation=segmentation,
             cameras=bool(cameras),
+            bodies=tuple(bodies),
+            body_ids=body_ids,
             extra=dict(extra or {}),
             robot_type=robot_type,
             video=video or VideoCodec(),
@@ -132,6 +138,8 @@ class EpisodeWriter:
         cameras: Mapping[str, Mapping[str, Any]] | Cameras | None = None,
         depth: Mapping[str, Any] | None = None,
         segmentation: Mapping[str, Any] | None = None,
+        bodies: Mapping[str, Any] | None = None,
+        body_ids: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
         provenance: str | Mapping[str, str] = "observed",
         timestamp: float | None = None,
@@ -146,6 +154,8 @@ class EpisodeWriter:
             depth: view -> metres ``[height, width]``; beyond the far end of ``depth_range`` counts as the far
                 end.
             segmentation: view -> integer ids ``[height, width]`` from -1 to 65534; stored exactly.
+            bodies: body -> its pose, 7 numbers: x y z in metres in the world, quaternion wxyz of length 1.
+            body_ids: view -> integer ids ``[height, width]``: 0 background, 1 + i the writer's i-th body.
             extra: every vector named in the writer's ``extra``.
             provenance: ``observed``, ``rendered`` or ``generated``; one for all views or view -> word.
             timestamp: seconds since the first frame, within 1e-4 s of ``frame / fps`` as LeRobot's own loader
@@ -169,6 +179,8 @@ class EpisodeWriter:
             cameras=cameras,
             depth=depth,
             segmentation=segmentation,
+            bodies=bodies,
+            body_ids=body_ids,
             extra=extra or {},
             provenance=provenance,
             timestamp=timestamp,

@@ -14,9 +14,13 @@ from enerverse.cli.simulator import SeededExpert, check_seed, check_task, make_e
 if TYPE_CHECKING:
     from dataengine.episodes import EpisodeDataset
     from dataengine.record import RecordReport
+    from sims.cameras import CameraPlacement
 
 SETTINGS = Path("meta", "record.json")
-BOUND = ("task", "noise", "clean_share", "cameras", "image_size", "segmentation", "depth", "randomize")
+BOUND = (
+    "task", "noise", "clean_share", "cameras", "ring", "holdout_ring", "image_size", "segmentation", "bodies", "depth",
+    "randomize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +41,16 @@ class Record:
     """Share of episodes without disturbance."""
     cameras: tuple[str, ...] = ("front", "left", "top")
     """Views to record."""
+    ring: int = 0
+    """How many more cameras stand around the table, `ring_00` and so on."""
+    holdout_ring: int = 0
+    """How many cameras stand between those, `holdout_00` and so on: to test what was made from the others."""
     image_size: int = 64
     """Side of the square pictures, in pixels."""
     segmentation: bool = False
     """Record what each pixel belongs to."""
+    bodies: bool = False
+    """Record the pose of every robot link and object, and which of them each pixel shows."""
     depth: bool = False
     """Record depth in metres."""
     randomize: bool = False
@@ -51,7 +61,7 @@ class Record:
         check_record(self)
         announce(
             f"record: {count(self.episodes, 'demonstration')} of {self.task}, seeds from {self.seed} on",
-            f"views: {', '.join(self.cameras)}, {self.image_size} x {self.image_size} pixels",
+            f"views: {views_in_words(self)}, {self.image_size} x {self.image_size} pixels",
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
         )
         report = record_task(self)
@@ -71,10 +81,11 @@ def record_task(settings: Record) -> RecordReport:
     from dataengine.record import record, writer_arguments
 
     check_record(settings)
-    modalities = ["rgb"] + ["segmentation"] * settings.segmentation + ["depth"] * settings.depth
+    wanted = {"segmentation": settings.segmentation, "bodies": settings.bodies, "depth": settings.depth}
+    free = free_cameras(settings)
     env = make_env(
-        settings.task, cameras=settings.cameras, image_size=settings.image_size, modalities=tuple(modalities),
-        randomize=settings.randomize,
+        settings.task, cameras=(*settings.cameras, *free), free_cameras=free, image_size=settings.image_size,
+        modalities=("rgb", *(name for name, on in wanted.items() if on)), randomize=settings.randomize,
     )  # fmt: skip
     try:
         with EpisodeWriter(settings.out, robot_type="panda", **writer_arguments(env)) as writer:
@@ -92,12 +103,30 @@ def record_task(settings: Record) -> RecordReport:
         env.close()
 
 
+def free_cameras(settings: Record) -> dict[str, CameraPlacement]:
+    """The cameras on the ring and those held out, by name."""
+    from sims.cameras import holdout_ring, ring
+
+    found = ring(settings.ring) if settings.ring else {}
+    beside = settings.ring or settings.holdout_ring
+    return found | (holdout_ring(settings.holdout_ring, beside=beside) if settings.holdout_ring else {})
+
+
+def views_in_words(settings: Record) -> str:
+    """Names of the built-in views and numbers of the others."""
+    rings = {"on a ring": settings.ring, "held out": settings.holdout_ring}
+    return ", ".join([*settings.cameras, *(f"{number} {where}" for where, number in rings.items() if number)])
+
+
 def check_record(settings: Record) -> None:
     """ValueError for settings that cannot be, or that are not those of the dataset in `out`."""
     check_task(settings.task)
     check_seed(settings.seed)
     if settings.episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {settings.episodes}")
+    for name in ("ring", "holdout_ring"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name}: expected 0 or more cameras, got {getattr(settings, name)}")
     if not settings.noise >= 0:
         raise ValueError(f"noise: expected 0 or more, got {settings.noise}")
     if not 0 <= settings.clean_share <= 1:

@@ -63,6 +63,8 @@ def is_disturbed(seed: int, clean_share: float) -> bool:
 class SeededExpert:
     """The scripted expert as a recording policy: noise depends on the episode's seed alone."""
 
+    needs_pictures = False
+
     def __init__(self, env: gymnasium.Env, noise: float, clean_share: float = 0.0):
         self.env, self.noise, self.clean_share = env, noise, clean_share
 

@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """List the sparse methods, or measure the claim of one (`claim attention/routing`)."""
+    """List the sparse methods, or measure the claim of one (`claim routing`)."""
 
     action: Annotated[Literal["list", "claim"], tyro.conf.Positional]
     """list: all methods; claim: measure one."""
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Method whose claim to measure, such as attention/routing."""
+    """Method whose claim to measure, such as routing or attention/routing."""
     seeds: int | None = None
     """Seeds of the claim; when not given, as many as it says (3)."""
 
@@ -55,9 +55,11 @@ class Sparse:
 
 
 def list_table() -> str:
-    """All methods: name, paper, kind, how close to the paper, what must come first."""
+    """All methods: name, paper, kind, how close to the paper, what must come first, and what they do where it did not."""
     from sparse_core import get_method, list_methods
 
     methods = [get_method(name) for name in list_methods()]
-    rows = [(m.name, m.paper, m.kind, m.fidelity, ", ".join(m.needs) or "-") for m in methods]
-    return table(rows, ("method", "arXiv", "for", "fidelity", "needs first"))
+    rows = [
+        (m.name, m.paper, m.kind, m.fidelity, ", ".join(m.needs) or "-", m.without or "-") for m in methods
+    ]
+    return table(rows, ("method", "arXiv", "for", "fidelity", "needs first", "without"))

@@ -78,6 +78,10 @@ class Train:
         if self.seed is not None:
             check_seed(self.seed)
         preset = get_preset(self.preset)
+        if self.attention is not None and self.stage != "world":
+            raise ValueError(
+                f"attention: expected none for the stage {self.stage}, got {self.attention}; it belongs to the stage world"
+            )
         if self.attention is not None:
             preset = with_attention(preset, self.attention)
         given = {name: getattr(self, name) for name in ("steps", "batch", "seed")}

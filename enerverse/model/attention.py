@@ -11,22 +11,24 @@ from sparse_core.attention.slot import AttentionSlot
 
 
 class SelfAttention(nn.Module):
-    """Pre-normalised multi-head self-attention with a residual connection; its output starts at zero."""
+    """Pre-normalised multi-head self-attention with a residual connection; its output starts at zero. condition: channels
+    that the method in its slot may be told besides the tokens."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, condition: int = 0):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = start_at_zero(nn.Linear(width, width))
-        self.slot = AttentionSlot(heads, width // heads)
+        self.slot = AttentionSlot(heads, width // heads, condition=condition)
 
-    def forward(self, x: Tensor, layout: Layout3D | None = None) -> Tensor:
-        """x [B, N, C] -> [B, N, C]; layout: how the tokens lie in space and time, for methods that choose blocks."""
+    def forward(self, x: Tensor, layout: Layout3D | None = None, condition: Tensor | None = None) -> Tensor:
+        """x [B, N, C] -> [B, N, C]; layout: how the tokens lie in space and time, for methods that choose blocks;
+        condition [B, E]: for methods that take one."""
         batch, tokens, width = x.shape
         parts = self.qkv(self.norm(x)).chunk(3, -1)
         q, k, v = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in parts)
-        mixed = self.slot(q, k, v, layout).transpose(1, 2).reshape(batch, tokens, width)
+        mixed = self.slot(q, k, v, layout, condition).transpose(1, 2).reshape(batch, tokens, width)
         return x + self.out(mixed)
 
 

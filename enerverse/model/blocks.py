@@ -85,7 +85,7 @@ class SpaceTimeBlock(nn.Module):
         self.modulate = Modulation(width, embedding)
         self.spatial = FrameConv(width, width)
         self.temporal = TemporalConv(width) if attention else None
-        self.views = SelfAttention(width, heads) if attention else None
+        self.views = SelfAttention(width, heads, embedding) if attention else None
         self.time = SelfAttention(width, heads) if attention else None
         if self.temporal is None:
             start_at_zero(self.spatial)
@@ -95,13 +95,13 @@ class SpaceTimeBlock(nn.Module):
         h = self.spatial(F.silu(self.modulate(x, embedding)))
         if self.temporal is None:
             return x + h
-        return self._attend_views(self._attend_time(x + self.temporal(F.silu(h))))
+        return self._attend_views(self._attend_time(x + self.temporal(F.silu(h))), embedding)
 
-    def _attend_views(self, x: Tensor) -> Tensor:
+    def _attend_views(self, x: Tensor, embedding: Tensor) -> Tensor:
         assert self.views is not None
         b, v, t, h, w, c = x.shape
         tokens = x.transpose(1, 2).reshape(b * t, v * h * w, c)
-        mixed = self.views(tokens, Layout3D(views=v, height=h, width=w))
+        mixed = self.views(tokens, Layout3D(views=v, height=h, width=w), embedding.flatten(0, 1))
         return mixed.view(b, t, v, h, w, c).transpose(1, 2)
 
     def _attend_time(self, x: Tensor) -> Tensor:

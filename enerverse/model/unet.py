@@ -45,8 +45,9 @@ class VideoUNet(Component):
     for the future), the last memory frame repeated, a mask that marks the future, and a 6-channel ray map;
     for action-conditioned passes four more hold where the commanded gripper lies in each picture.
     attention: `dense` or a method of `sparse_core` (`s2` or `attention/s2`) with `attention_options` for its config, in
-    the attentions over views (`.views.`) and over time (`.time.`) whose name `attention_places` matches. A mask serves
-    `mask_steps` denoising steps, and the first `dense_steps` attend to everything.
+    the attentions over views (`.views.`) and over time (`.time.`) whose name `attention_places` matches. A method that
+    takes a condition (SeerAttention) may be told, over views, the `embedding` channels of diffusion time and frame. A mask
+    serves `mask_steps` denoising steps, and the first `dense_steps` attend to everything.
     """
 
     @register_to_config
@@ -110,7 +111,7 @@ class VideoUNet(Component):
         self.out_norm = nn.LayerNorm(widths[0])
         self.out = start_at_zero(FrameConv(widths[0], channels))
         if attention != "dense":
-            sparsify(self, method_name(attention), attention_places, **(attention_options or {}))
+            sparsify(self, attention, attention_places, **(attention_options or {}))
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions, *, look: bool = False) -> Any:
         """Prediction [B, V, M, C, h, w] for `noisy` of that shape at diffusion `time` [B] in [0, 1] (1 = pure noise).
@@ -180,11 +181,6 @@ class VideoUNet(Component):
             path[:, :, self.memory :] = conditions.path * _presence(conditions, conditions.path)
         stacked = torch.cat([frames, last, mask, rays[:, :, None].expand(-1, -1, t, -1, -1, -1), path], 3)
         return stacked.permute(0, 1, 2, 4, 5, 3)
-
-
-def method_name(attention: str) -> str:
-    """The full name of an attention method: `s2` is `attention/s2`."""
-    return attention if "/" in attention else f"attention/{attention}"
 
 
 def _mlp(inputs: int, outputs: int) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """Keys and values of one layer for decoding: pages, side caches, eviction per head, and an optional home in host memory.
 
-A cache grows by whole pages; a page of a head may be given back, and its place is taken by a later one, so that a head
+A cache grows by whole pages: by as many as a prefill needs, and then by an eighth of what it holds at a time, so that it
+never holds much more than that. A page of a head may be given back, and its place is taken by a later one, so that a head
 which forgets needs constant memory. Logical positions never change: position t is the t-th token that was ever appended.
 """
 
@@ -71,13 +72,16 @@ class KVCache:
         return parts[0]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add n tokens [B, H, n, D]."""
+        """Add n tokens [B, H, n, D], without what they were computed from; where a side cache refuses them, the cache
+        stays as it was."""
         self._check(k, v)
+        k, v = k.detach(), v.detach()
+        kept = {name: summary(k, v) for name, (summary, _) in self._side.items()}
         end = self.length + k.shape[2]
-        self._open_pages(-(-end // self.page))
+        self._open_pages(-(-end // self.page) - self._table.shape[2])
         self._write(self.length, k, v)
-        for summary, parts in self._side.values():
-            parts.append(summary(k, v))
+        for name, part in kept.items():
+            self._side[name][1].append(part)
         self.length = end
 
     def rewrite(self, first: int, k: Tensor, v: Tensor) -> None:
@@ -105,13 +109,19 @@ class KVCache:
             pool.scatter_(2, places[..., None].expand(-1, -1, -1, pool.shape[3]), x.to(pool))
 
     def _open_pages(self, count: int) -> None:
-        """Give every head a page of the pool for each logical page below `count`."""
-        for page in range(self._table.shape[2], count):
-            if not bool(self._free.any(2).all()):
-                self._grow(max(1, page))
+        """Give every head the first `count` free pages of the pool for its next logical pages."""
+        if count < 1:
+            return
+        missing = count - int(self._free.sum(2).min())
+        if missing > 0:
+            self._grow(max(missing, self._free.shape[2] // 8))
+        if count == 1:
             chosen = self._free.to(torch.uint8).argmax(2, keepdim=True)
-            self._free.scatter_(2, chosen, False)
-            self._table = torch.cat([self._table, chosen], 2)
+        else:
+            first = self._free & (self._free.cumsum(2) <= count)
+            chosen = first.nonzero()[:, 2].view(*self._free.shape[:2], count)
+        self._free.scatter_(2, chosen, False)
+        self._table = torch.cat([self._table, chosen], 2)
 
     def _grow(self, pages: int) -> None:
         batch, heads = self._free.shape[:2]

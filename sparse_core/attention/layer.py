@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from sparse_core import counters
 class AttentionLayer(nn.Module):
     """Attention of q [B, Hq, T, D] over k, v [B, Hkv, T, D] in two steps: what to attend to, then the attention itself.
 
-    A mask may outlive the call it was made in, so that several layers or denoising steps share one choice.
+    A mask may outlive the call it was made in, so that several layers or denoising steps share one choice. What a layer
+    keeps of its last pass in training is called `_last` or `_loss`, the masks that it keeps `_masks`: copies and files
+    begin without them, and evaluation without the former, which hold the graph of that pass.
     """
 
     def mask(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -26,13 +28,27 @@ class AttentionLayer(nn.Module):
         """[B, Hq, T, D] under a mask that `mask` made."""
         raise NotImplementedError
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, Hq, T, D]."""
-        return self.attend(q, k, v, self.mask(q, k, v))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+        """[B, Hq, T, D] under a mask that `mask` made, for these tokens where none is given."""
+        return self.attend(q, k, v, self.mask(q, k, v) if mask is None else mask)
 
     def loss(self) -> Tensor | None:
         """What the method adds to the training loss for the last forward pass, or None."""
         return None
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; evaluation forgets the last pass in training."""
+        if not mode:
+            vars(self).update(self._without("_last", "_loss"))
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        masks = {"_masks": {}} if "_masks" in vars(self) else {}
+        return vars(self) | self._without("_last", "_loss") | masks
+
+    def _without(self, *names: str) -> dict[str, None]:
+        """None for each of the attributes that there is."""
+        return {name: None for name in names if name in vars(self)}
 
 
 class DenseAttention(AttentionLayer):

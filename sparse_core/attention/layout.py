@@ -56,7 +56,10 @@ class Layout3D:
         return math.prod(self.tile)
 
     def fit(self, block: int) -> Layout3D:
-        """The same tokens in the most cubic tiles of at most `block` tokens that divide the grid and the block."""
+        """The same tokens in the most cubic tiles of at most `block` tokens that divide the grid and the block. Raises
+        ValueError for a block of no tokens."""
+        if block < 1:
+            raise ValueError(f"block: expected at least 1 token, got {block}")
         parts = [[n for n in range(1, size + 1) if size % n == 0] for size in self.grid]
         fitting = [tile for tile in product(*parts) if block % math.prod(tile) == 0]
         # Largest first, then the one whose sides are most alike, then pictures before frames before views.

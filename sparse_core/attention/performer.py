@@ -51,14 +51,15 @@ def exp_features(x: Tensor, projection: Tensor, over: tuple[int, ...], there: Te
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """sum_j (q_i k_j) v_j / sum_j (q_i k_j) [.., T, E] of features q, k [.., T, m] and values v [.., T, E], over j <= i if
     causal; tokens whose features k are 0 are absent. O(T m E), and O(m E) memory beside the output."""
-    counters.add(multiply_adds=2 * q.numel() * v.shape[-1])
     v = F.pad(v, (0, 1), value=1.0)  # the last channel sums the weights
+    counters.add(multiply_adds=2 * q.numel() * v.shape[-1])
     if not causal:
         total = q @ (k.mT @ v)
     else:
         state, parts = torch.zeros_like(k[..., :1, :].mT * v[..., :1, :]), []
         for near_q, near_k, near_v in zip(*(x.split(CHUNK, -2) for x in (q, k, v)), strict=True):
             parts.append((near_q @ near_k.mT).tril() @ near_v + near_q @ state)
+            counters.add(multiply_adds=(near_q.numel() + near_v.numel()) * near_q.shape[-2])
             state = state + near_k.mT @ near_v
         total = torch.cat(parts, -2)
     return total[..., :-1] / total[..., -1:].clamp_min(torch.finfo(total.dtype).tiny)

@@ -21,7 +21,7 @@ def tiny(passes: list[bool]) -> ModuleType:
         value=2.0 + seed,
         control=1.0,
         oracle=None if seed else 8.0,
-        passed=passes[seed],
+        conditions={"two": passes[seed], "sum": True},
         details={"seed": seed},
     )
     return module
@@ -85,12 +85,54 @@ def test_a_result_holds_means_and_every_seed(install):
     assert result["seeds"] == 2
     assert [trial["details"]["seed"] for trial in result["trials"]] == [0, 1]
     assert json.loads(json.dumps(result)) == result
+    assert result["trials"][0]["conditions"] == {"two": True, "sum": True}
+    assert result["trials"][0]["passed"] is True
 
 
 def test_fewer_seeds_may_be_asked_for(install):
     install([True, False])
     assert claims.run_claim("attention/tiny", 1)["passed"] is True
     assert claims.run_claim("attention/tiny", 1)["seeds"] == 1
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_no_seeds_show_nothing(install, capsys, seeds):
+    install([True])
+    sentence = f"seeds: expected at least 1, got {seeds}; leave it out for as many as the claim says"
+    with pytest.raises(ValueError, match=sentence):
+        claims.run_claim("attention/tiny", seeds)
+    assert leave(__main__.Claims(name="attention/tiny", seeds=seeds)) == sentence
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seeds", "case"),
+    [
+        (1, None),
+        (2, "claims/attention/tiny"),
+        (None, "claims/attention/tiny"),
+        (3, "more_seeds/attention/tiny"),
+    ],
+)
+def test_only_a_run_of_all_seeds_is_the_result_and_one_of_more_lies_beside_it(
+    install, monkeypatch, seeds, case
+):
+    install([True, True, False])
+    monkeypatch.setattr(sys.modules["benchmarks.claims.attention.tiny"], "SEEDS", 2)
+    kept = []
+    monkeypatch.setattr(__main__, "write_result", lambda case, values, *, seconds: kept.append(case))
+    leave(__main__.Claims(name="attention/tiny", seeds=seeds))
+    assert kept == ([] if case is None else [case])
+
+
+@pytest.mark.parametrize(("name", "warned"), [("abc1234-dirty", True), ("abc1234", False)])
+def test_changes_that_no_commit_holds_are_told_of(install, monkeypatch, capsys, name, warned):
+    install([True])
+    monkeypatch.setattr(__main__, "commit", lambda: name)
+    monkeypatch.setattr(__main__, "write_result", lambda case, values, *, seconds: None)
+    leave(__main__.Claims(name="attention/tiny"))
+    sentence = "commit: expected a clean checkout, got changes; results are marked abc1234-dirty"
+    assert (sentence in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize(("passes", "code"), [([True, True], 0), ([True, False], 1)])

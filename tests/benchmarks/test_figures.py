@@ -1,6 +1,7 @@
 """The README shows what the result files say."""
 
 from benchmarks import figures
+from benchmarks.results_io import Result
 
 
 def test_readme_and_figures_are_current():
@@ -10,6 +11,28 @@ def test_readme_and_figures_are_current():
         assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8") == svg, (
             f"{name}: run make figures"
         )
+
+
+def result(case, commit, *passed):
+    trials = [{"passed": held, "conditions": {"mass": held, "bytes": True}} for held in passed]
+    values = {
+        "claim": "Two is more.",
+        "value": 2,
+        "control": 1,
+        "oracle": None,
+        "seeds": len(passed),
+        "trials": trials,
+    }
+    return Result(case=case, values=values, seconds=1, device="cpu", commit=commit, versions={})
+
+
+def test_claims_say_their_commit_and_what_more_seeds_did():
+    once = {"claims/attention/a": result("claims/attention/a", "abc1234-dirty", True, False)}
+    more = {"more_seeds/attention/a": result("more_seeds/attention/a", "def5678", True, False, True)}
+    text = figures.claims_section(once, more)
+    assert "| attention/a | Two is more. | 2.000 | 1.000 | - | 1 of 2 | abc1234-dirty |" in text
+    assert "With more seeds: attention/a holds in 2 of 3, failing on mass (def5678)." in text
+    assert "more seeds" not in figures.claims_section(once, {})
 
 
 def test_interval_and_rate_reach_the_policy_table():

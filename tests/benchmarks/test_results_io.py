@@ -1,7 +1,9 @@
 import re
+import subprocess
 
 import pytest
 
+from benchmarks import results_io
 from benchmarks.results_io import by_device, commit, folder_name, read_result, read_results, write_result
 from enerverse.environment import device_name, versions
 
@@ -13,6 +15,24 @@ def test_result_is_read_back_with_its_origin(tmp_path) -> None:
     assert result.values == {"value": 0.5, "seeds": [0, 1]}
     assert (result.seconds, result.device, result.commit) == (1.5, device_name(), commit())
     assert result.versions == versions()
+
+
+def test_a_commit_is_dirty_by_code_and_not_by_results(tmp_path, monkeypatch) -> None:
+    for name in ("benchmarks/results/cpu/a.json", "docs/figures/a.svg", "README.md", "benchmarks/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(results_io, "ROOT", tmp_path / "benchmarks")
+    assert commit() == "unknown"
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for name in ("benchmarks/results/cpu/a.json", "docs/figures/a.svg", "README.md"):
+        (tmp_path / name).write_text("2")
+    assert commit() == clean
+    (tmp_path / "benchmarks/a.py").write_text("2")
+    assert commit() == f"{clean}-dirty"
 
 
 def test_results_are_filtered_and_grouped(tmp_path) -> None:

@@ -149,7 +149,7 @@ def test_modalities_the_writer_was_not_opened_for(open_writer, make_frame):
         ({"fps": 0}, "fps: expected frames per second above 0, got 0"),
         ({"views": ()}, "views: expected at least one name and no name twice"),
         ({"views": ("a", "a")}, "views: expected at least one name and no name twice"),
-        ({"views": ("a/b",)}, "views, extra: expected names without '/', got 'a/b'"),
+        ({"views": ("a/b",)}, "views, bodies, extra: expected names without '/', got 'a/b'"),
         ({"image_size": (0, 4)}, r"image_size: expected \(height, width\) of at least 1 pixel, got \(0, 4\)"),
         ({"state_dim": 0}, "state_dim: expected a length of at least 1, got 0"),
         ({"extra": {"action": 3}}, "extra: expected a name that is not taken, got 'action'"),

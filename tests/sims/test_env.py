@@ -172,7 +172,9 @@ def test_unknown_names_name_the_closest():
         sims.TabletopEnv("Lifft")
     with pytest.raises(ValueError, match=r"camera: expected one of .*, got 'frnt'; did you mean 'front'"):
         gymnasium.make("enerverse/Lift-v0", cameras=("frnt",))
-    with pytest.raises(ValueError, match="modality: expected one of rgb, depth, segmentation, got 'deph'"):
+    with pytest.raises(
+        ValueError, match="modality: expected one of rgb, depth, segmentation, bodies, got 'deph'"
+    ):
         gymnasium.make("enerverse/Lift-v0", modalities=("deph",))
     with pytest.raises(
         ValueError, match="option of CueDelayReach: expected one of delay, markov, got 'dely'"

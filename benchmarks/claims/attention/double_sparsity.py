@@ -20,8 +20,9 @@ from sparse_core.methods.attention.double_sparsity import (
 )
 
 CLAIM = "Eight calibrated channels in four bits choose the 1/16 of the keys that attention needs, twice as fast or more."
-# Over seeds 0 to 6 four bits cost .000 to .002 of mass, and a step was 3.6 to 4.0 times as fast. How much of the best mass
-# is kept depends on how unequal the channels of a draw are: .86 to .93 in six of the seeds, .849 in seed 4, which fails.
+# How much of the best mass is kept depends on how unequal the channels of a draw are. Calibration finds 95 % or more of
+# the eight truly largest of each head in any of seeds 0 to 6, but these hold .72 of the squares of seed 4's keys, .85 of
+# seed 0's: eight channels of that draw know no more, and their mass is .85 of the best, on either side of the threshold.
 THRESHOLD = (
     "r = 8, four bits, k = T / 16: mass >= .85 of the best k keys and >= 3 times that of random channels, relative error "
     "of the output <= .25, mass <= .03 below that of float16 labels, bytes read <= .16 of the cache; a step at T = 32k, "
@@ -99,15 +100,23 @@ def measure(seed: int) -> Trial:
         "random": fill(random, 4, k, v),
     }
     found, times = quality(caches, tokens), speed(channels, tokens)
+    squares = k.square().mean((0, 2))
     return Trial(
         value=found["four"],
         control=found["random"],
         oracle=found["best"],
-        passed=found["four"] >= max(0.85 * found["best"], 3 * found["random"], found["sixteen"] - 0.03)
-        and found["error"] <= 0.25
-        and found["bytes"] <= 0.16
-        and times >= 2,
+        conditions={
+            "near the best": found["four"] >= 0.85 * found["best"],
+            "above random channels": found["four"] >= 3 * found["random"],
+            "four bits": found["four"] >= found["sixteen"] - 0.03,
+            "outputs": found["error"] <= 0.25,
+            "bytes": 0 < found["bytes"] <= 0.16,
+            "speed": times >= 2,
+        },
         details={
+            "share of the keys' squares in the channels": float(
+                (squares.gather(-1, channels).sum(-1) / squares.sum(-1)).mean()
+            ),
             "relative error": found["error"],
             "mass of float16 labels": found["sixteen"],
             "share of bytes read": found["bytes"],

@@ -146,7 +146,13 @@ def measure(seed: int) -> Trial:
         value=ours,
         control=near,
         oracle=full,
-        passed=ours >= 0.95 and near <= 1 / TOKENS + 0.1 and densities[0] <= densities[1] and times >= 2,
+        conditions={
+            "shards copy": ours >= 0.95,
+            "a window does not": near <= 1 / TOKENS + 0.1,
+            "shards are no denser": densities[0] <= densities[1],
+            "density": 0 < density <= 0.15,
+            "speed": times >= 2,
+        },
         details={
             "density of the shards": densities[0],
             "density of the window": densities[1],

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from sparse_core.attention import select
-
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""rule(b, h, i, j) -> bool: whether query i of head h and sample b looks at key j; index tensors that broadcast."""
-
-CHUNK = 2**22  # token pairs whose rule is asked at once
+from sparse_core.attention.masks.lists import (
+    blocks_of,
+    check_blocks,
+    check_force,
+    check_kept,
+    check_sizes,
+    sizes_of,
+    to_bitmap,
+    to_lists,
+)
+from sparse_core.attention.masks.patterns import Rule, classify, distinct
 
 
 def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """The rule of a decoder: a query looks at itself and at what came before."""
     return i >= j
+
+
+def _exchanged(rule: Rule, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """A rule of the module, so that a mask which keeps its transpose can still be pickled."""
+    return rule(b, h, j, i)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,8 +38,9 @@ class BlockMask:
 
     kv_num [B, H, Kq] int32 counts, and the first so many of kv_idx [B, H, Kq, cap] int32 name, in ascending order, the
     key blocks in which `rule` decides token by token (without a rule they are full); full_kv_num, full_kv_idx: those
-    of which every pair is kept. B and H may be 1 and then stand for all. block_size (bq, bk) in tokens; q_len and
-    kv_len tokens, of which the last block may hold fewer. A query row without any key gives 0.
+    of which every pair is kept. B and H may be 1 and then stand for all: every sample or head then has the mask of number
+    0, which is also the one that the rule is asked about. block_size (bq, bk) in tokens; q_len and kv_len tokens, of which
+    the last block may hold fewer. A query row without any key gives 0.
     """
 
     kv_num: Tensor
@@ -45,7 +56,7 @@ class BlockMask:
     def shape(self) -> tuple[int, int, int, int]:
         """[B, H, Kq, Kk] in blocks."""
         b, h, queries = self.kv_num.shape
-        return b, h, queries, _blocks(self.kv_len, self.block_size[1])
+        return b, h, queries, blocks_of(self.kv_len, self.block_size[1])
 
     @classmethod
     def from_dense_blocks(
@@ -60,12 +71,12 @@ class BlockMask:
     ) -> BlockMask:
         """From bool [B, H, Kq, Kk] (leading axes may be missing): `blocks` are looked at, and of these `full` in every
         pair; with a rule and no `full`, the rule decides in every block. Raises ValueError for another shape."""
-        size = _check_sizes(block_size, q_len, kv_len)
-        blocks = _check_blocks("blocks", blocks, size, q_len, kv_len)
+        size = check_sizes(block_size, q_len, kv_len)
+        blocks = check_kept("blocks", blocks, size, q_len, kv_len)
         if full is None:
             full = torch.zeros_like(blocks) if rule is not None else blocks
-        full = _check_blocks("full", full, size, q_len, kv_len) & blocks
-        lists = (*_to_lists(blocks & ~full), *_to_lists(full))
+        full = check_kept("full", full, size, q_len, kv_len) & blocks
+        lists = (*to_lists(blocks & ~full), *to_lists(full))
         return cls(
             kv_num=lists[0], kv_idx=lists[1], full_kv_num=lists[2], full_kv_idx=lists[3],
             block_size=size, q_len=q_len, kv_len=kv_len, rule=rule,
@@ -77,12 +88,13 @@ class BlockMask:
         force: Tensor | None = None, rule: Rule | None = None,
     ) -> BlockMask:  # fmt: skip
         """The `k` key blocks of highest score [B, H, Kq, Kk] per query block, and those of `force` (bool, broadcasts)
-        besides; scores of -inf are never taken, and of equal ones the lower index wins."""
-        size = _check_sizes(block_size, q_len, kv_len)
-        _check_blocks("scores", scores, size, q_len, kv_len)
+        besides; scores of -inf are never taken, and of equal ones the lower index wins. Raises ValueError for what does
+        not fit."""
+        size = check_sizes(block_size, q_len, kv_len)
+        check_blocks("scores", scores, size, q_len, kv_len)
         chosen = select.topk(scores, k)
         if force is not None:
-            chosen = chosen | force
+            chosen = chosen | check_force(force, scores)
         return cls.from_dense_blocks(chosen, block_size=size, q_len=q_len, kv_len=kv_len, rule=rule)._settle()
 
     @classmethod
@@ -90,9 +102,10 @@ class BlockMask:
         cls, rule: Rule, *, q_len: int, kv_len: int, block_size: int | tuple[int, int] = 64, batch: int = 1,
         heads: int = 1, device: torch.device | str = "cpu",
     ) -> BlockMask:  # fmt: skip
-        """Every block in which `rule` keeps a pair; it is asked for all pairs, some query blocks at a time."""
-        size = _check_sizes(block_size, q_len, kv_len)
-        shape = (batch, heads, _blocks(q_len, size[0]), _blocks(kv_len, size[1]))
+        """Every block in which `rule` keeps a pair. It is asked about all pairs, some blocks at a time, of samples 0 to
+        batch - 1 and heads 0 to heads - 1: a rule that reads the head needs as many."""
+        size = check_sizes(block_size, q_len, kv_len)
+        shape = (batch, heads, blocks_of(q_len, size[0]), blocks_of(kv_len, size[1]))
         everything = torch.ones(shape, dtype=torch.bool, device=device)
         mask = cls.from_dense_blocks(everything, block_size=size, q_len=q_len, kv_len=kv_len, rule=rule)
         return mask._settle()
@@ -103,15 +116,21 @@ class BlockMask:
         heads: int = 1, batch: int = 1, rule: Rule | None = None,
     ) -> BlockMask:  # fmt: skip
         """From compressed rows over all (sample, head, query block) in order: row r holds columns[offsets[r] :
-        offsets[r + 1]], indices of key blocks."""
-        size = _check_sizes(block_size, q_len, kv_len)
-        rows = batch * heads * _blocks(q_len, size[0])
+        offsets[r + 1]], indices of key blocks; one that is named twice counts once. Raises ValueError for rows that are
+        none."""
+        size = check_sizes(block_size, q_len, kv_len)
+        rows = batch * heads * blocks_of(q_len, size[0])
         if len(offsets) != rows + 1 or int(offsets[-1]) != len(columns):
             raise ValueError(
                 f"offsets: expected {rows + 1} entries of which the last is {len(columns)}, got {len(offsets)} and "
                 f"{int(offsets[-1])}; give one row per sample, head and query block"
             )
-        blocks = torch.zeros(rows, _blocks(kv_len, size[1]), dtype=torch.bool, device=columns.device)
+        if int(offsets[0]) or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"offsets: expected numbers that rise from 0 to the {len(columns)} columns, got some that fall or a first "
+                f"of {int(offsets[0])}; sum up the blocks of each row"
+            )
+        blocks = torch.zeros(rows, blocks_of(kv_len, size[1]), dtype=torch.bool, device=columns.device)
         if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < blocks.shape[1]:
             raise ValueError(
                 f"columns: expected blocks 0 to {blocks.shape[1] - 1}, got {int(columns.min())} to {int(columns.max())}"
@@ -124,12 +143,12 @@ class BlockMask:
     @cached_property
     def partial_blocks(self) -> Tensor:
         """bool [B, H, Kq, Kk]: blocks in which the rule decides."""
-        return _to_blocks(self.kv_num, self.kv_idx, self.shape[-1])
+        return to_bitmap(self.kv_num, self.kv_idx, self.shape[-1])
 
     @cached_property
     def full_blocks(self) -> Tensor:
         """bool [B, H, Kq, Kk]: blocks that are kept whole."""
-        return _to_blocks(self.full_kv_num, self.full_kv_idx, self.shape[-1])
+        return to_bitmap(self.full_kv_num, self.full_kv_idx, self.shape[-1])
 
     @property
     def blocks(self) -> Tensor:
@@ -138,17 +157,25 @@ class BlockMask:
 
     def to_rule(self) -> Rule:
         """The whole mask as a rule: whether query i of sample b and head h looks at key j."""
-        partial, full, token, (bq, bk) = self.partial_blocks, self.full_blocks, self.rule, self.block_size
-        samples, heads = self.shape[:2]
+        partial, full, (bq, bk) = self.partial_blocks, self.full_blocks, self.block_size
 
         def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            place = (b if samples > 1 else b * 0, h if heads > 1 else h * 0, i // bq, j // bk)
-            kept = partial[place]
-            if token is not None:
-                kept = kept & token(b, h, i, j)
-            return kept | full[place]
+            place = (*self._own(b, h), i // bq, j // bk)
+            return (partial[place] & self.decide(b, h, i, j)) | full[place]
 
         return rule
+
+    def decide(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """What `rule` says, whether or not the pair lies in a block where it is asked; True without one. Where the mask
+        has one sample or one head for all, it is asked about that one."""
+        if self.rule is None:
+            return torch.ones((), dtype=torch.bool, device=i.device)
+        return torch.as_tensor(self.rule(*self._own(b, h), i, j), device=i.device).bool()
+
+    def _own(self, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The sample and the head of this mask that stand for b and h."""
+        samples, heads = self.shape[:2]
+        return b if samples > 1 else b * 0, h if heads > 1 else h * 0
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Pairs that either mask keeps."""
@@ -177,11 +204,14 @@ class BlockMask:
         )._settle()  # fmt: skip
 
     def transpose(self) -> BlockMask:
-        """Queries and keys exchanged: which query blocks look at each key block."""
-        rule = self.rule
+        """Queries and keys exchanged: which query blocks look at each key block. Made once."""
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> BlockMask:
         return BlockMask.from_dense_blocks(
             self.blocks.mT, full=self.full_blocks.mT, block_size=(self.block_size[1], self.block_size[0]),
-            q_len=self.kv_len, kv_len=self.q_len, rule=None if rule is None else lambda b, h, i, j: rule(b, h, j, i),
+            q_len=self.kv_len, kv_len=self.q_len, rule=None if self.rule is None else partial(_exchanged, self.rule),
         )  # fmt: skip
 
     def to_csr(self) -> tuple[Tensor, Tensor]:
@@ -203,7 +233,7 @@ class BlockMask:
     def pairs(self) -> Tensor:
         """Kept pairs [B, H] of a query and a key."""
         sizes = [
-            _sizes(length, block)
+            sizes_of(length, block)
             for length, block in zip((self.q_len, self.kv_len), self.block_size, strict=True)
         ]
         area = (sizes[0][:, None] * sizes[1]).to(self.kv_num.device)
@@ -218,31 +248,14 @@ class BlockMask:
     @cached_property
     def tiles(self) -> tuple[Tensor, Tensor]:
         """The different token patterns of the partial blocks, bool [n, bq, bk], and which one each partial block has, in
-        the order of `partial_blocks.nonzero()`. Pairs past the last token are False."""
-        places = self.partial_blocks.nonzero()
-        (bq, bk), device = self.block_size, places.device
-        found = torch.zeros(len(places), bq, bk, dtype=torch.bool, device=device)
-        i, j = torch.arange(bq, device=device)[:, None], torch.arange(bk, device=device)
-        for first in range(0, len(places), max(1, CHUNK // (bq * bk))):
-            part = slice(first, first + max(1, CHUNK // (bq * bk)))
-            b, h, row, column = (index[:, None, None] for index in places[part].unbind(1))
-            query, key = row * bq + i, column * bk + j
-            inside = (query < self.q_len) & (key < self.kv_len)
-            if (
-                self.rule is not None
-            ):  # which may look into a table, and so is never asked about tokens that are not there
-                query, key = query.clamp_max(self.q_len - 1), key.clamp_max(self.kv_len - 1)
-                inside = inside & self.rule(b, h, query, key)
-            found[part] = inside
-        if not len(places):
-            return found, torch.zeros(0, dtype=torch.long, device=device)
-        unique, which = found.flatten(1).to(torch.uint8).unique(dim=0, return_inverse=True)
-        return unique.bool().view(-1, bq, bk), which
+        the order of `partial_blocks.nonzero()`. Pairs past the last token are False. A byte is held per pair of a pattern,
+        so a rule after which no two blocks are alike needs as many as there are pairs in partial blocks."""
+        return distinct(self.decide, self.partial_blocks, self.block_size, self.q_len, self.kv_len)
 
     @cached_property
     def lists(self) -> tuple[Tensor, Tensor]:
         """Counts [B, H, Kq] and ascending indices [B, H, Kq, cap] of all blocks that are looked at."""
-        return _to_lists(self.blocks)
+        return to_lists(self.blocks)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,30 +270,12 @@ class BlockMask:
         """The same mask; blocks that the rule keeps whole are called full, and those it keeps nothing of are left out."""
         if self.rule is None:
             return self
-        tiles, which = self.tiles
-        places = self.partial_blocks.nonzero()
-        rows, columns = (
-            _sizes(length, block)[index].to(places.device)
-            for length, block, index in zip(
-                (self.q_len, self.kv_len),
-                self.block_size,
-                (places[:, 2].cpu(), places[:, 3].cpu()),
-                strict=True,
-            )
-        )
-        kept = tiles.flatten(1).sum(1)[which] if len(places) else rows
-        full, partial = self.full_blocks.clone(), torch.zeros_like(self.full_blocks)
-        full[tuple(places[kept == rows * columns].T)] = True
-        partial[tuple(places[(kept > 0) & (kept < rows * columns)].T)] = True
+        whole, some = classify(self.decide, self.partial_blocks, self.block_size, self.q_len, self.kv_len)
+        full, partial = self.full_blocks | whole, some & ~whole
         rule = self.rule if partial.any() else None
         return BlockMask.from_dense_blocks(
-            partial | full,
-            full=full,
-            rule=rule,
-            block_size=self.block_size,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-        )
+            partial | full, full=full, rule=rule, block_size=self.block_size, q_len=self.q_len, kv_len=self.kv_len,
+        )  # fmt: skip
 
     def to_token_mask(self) -> Tensor:
         """bool [B, H, q_len, kv_len]. For tests and the reference: it is as large as dense attention."""
@@ -322,57 +317,22 @@ class BlockMask:
         return float((seen & possible).sum() / possible.sum().clamp_min(1))
 
     def to(self, device: torch.device | str) -> BlockMask:
-        """The same mask with its lists on `device`."""
+        """The same mask with its lists on `device`; itself where they lie there, so that what it has worked out stays."""
         names = ("kv_num", "kv_idx", "full_kv_num", "full_kv_idx")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = {name: getattr(self, name).to(device) for name in names}
+        if all(moved[name] is getattr(self, name) for name in names):
+            return self
+        return replace(self, **moved)
 
     def _check_alike(self, other: BlockMask) -> None:
+        if not isinstance(other, BlockMask):
+            raise TypeError(f"masks: expected two of BlockMask, got one and {type(other).__name__}")
         ours, theirs = ((m.block_size, m.q_len, m.kv_len) for m in (self, other))
         if ours != theirs:
             raise ValueError(
                 f"masks: expected equal block size and lengths, got {ours} and {theirs}; make them of one size"
             )
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _sizes(length: int, block: int) -> Tensor:
-    """Tokens of each block."""
-    return (length - torch.arange(_blocks(length, block)) * block).clamp_max(block)
-
-
-def _check_sizes(block_size: int | tuple[int, int], q_len: int, kv_len: int) -> tuple[int, int]:
-    size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(size) != 2 or any(not isinstance(n, int) or n < 1 or n & (n - 1) for n in size):
-        raise ValueError(f"block_size: expected powers of two, got {block_size}; 64 suits every kernel")
-    if q_len < 1 or kv_len < 1:
-        raise ValueError(f"q_len and kv_len: expected at least one token, got {q_len} and {kv_len}")
-    return size
-
-
-def _check_blocks(name: str, blocks: Tensor, size: tuple[int, int], q_len: int, kv_len: int) -> Tensor:
-    """Blocks as [B, H, Kq, Kk]. Raises ValueError where they do not fit the lengths."""
-    expected = (_blocks(q_len, size[0]), _blocks(kv_len, size[1]))
-    if blocks.ndim < 2 or blocks.ndim > 4 or tuple(blocks.shape[-2:]) != expected:
-        raise ValueError(
-            f"{name}: expected {expected[0]} query blocks for {q_len} tokens and {expected[1]} key blocks for {kv_len} "
-            f"tokens at block {size[0]} x {size[1]}, got {list(blocks.shape)}"
-        )
-    return blocks[(None,) * (4 - blocks.ndim)]
-
-
-def _to_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [B, H, Kq] and ascending indices [B, H, Kq, cap] of bool [B, H, Kq, Kk]."""
-    count = blocks.sum(-1)
-    cap = max(1, int(count.max())) if count.numel() else 1
-    order = (~blocks).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :cap]
-    return count.int(), order.int().contiguous()
-
-
-def _to_blocks(count: Tensor, index: Tensor, columns: int) -> Tensor:
-    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-    blocks = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=index.device)
-    blocks.scatter_(-1, torch.where(listed, index, columns).long(), True)
-    return blocks[..., :columns]
+        if any(n != m and 1 not in (n, m) for n, m in zip(self.shape[:2], other.shape[:2], strict=True)):
+            raise ValueError(
+                f"masks: expected equal samples and heads, or 1, got {self.shape[:2]} and {other.shape[:2]}"
+            )

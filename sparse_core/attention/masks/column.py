@@ -85,10 +85,8 @@ class ColumnBlockMask:
         samples, heads, n = self.columns.shape
         sample, head, c = b if samples > 1 else b * 0, h if heads > 1 else h * 0, c.clamp_max(n - 1)
         row = i // self.blocks.block_size[0]
-        listed, rule = self.listed[sample, head, row, c], self.blocks.rule
-        if rule is None:
-            return listed
-        return listed & (self.full[sample, head, row, c] | rule(b, h, i, self.columns[sample, head, c]))
+        listed, full = (x[sample, head, row, c] for x in (self.listed, self.full))
+        return listed & (full | self.blocks.decide(b, h, i, self.columns[sample, head, c]))
 
     def pairs(self) -> Tensor:
         """Kept pairs [B, H] of a query and a key."""
@@ -120,10 +118,11 @@ class ColumnBlockMask:
         return near | _or_into(loose, place, self.kv_len)
 
     def to(self, device: torch.device | str) -> ColumnBlockMask:
-        """The same mask on `device`."""
-        if torch.device(device) == self.columns.device:
+        """The same mask on `device`; itself where it lies there, so that what it has worked out stays."""
+        names = ("blocks", "columns", "listed", "full")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        if all(moved[name] is getattr(self, name) for name in names):
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("blocks", "columns", "listed", "full")}
         return replace(self, **moved, _loose={})
 
 

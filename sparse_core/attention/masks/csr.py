@@ -160,8 +160,9 @@ class TokenCSR:
         )
 
     def to(self, device: torch.device | str) -> TokenCSR:
-        """The same mask with its rows on `device`."""
-        return replace(self, crow=self.crow.to(device), col=self.col.to(device))
+        """The same mask with its rows on `device`; itself where they lie there, which needs no check."""
+        crow, col = self.crow.to(device), self.col.to(device)
+        return self if crow is self.crow and col is self.col else replace(self, crow=crow, col=col)
 
 
 def _offsets(counts: Tensor) -> Tensor:

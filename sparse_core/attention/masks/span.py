@@ -119,7 +119,7 @@ class SpanPlan:
         count = sink + length - begin
         place = torch.arange(int(count.max()), device=device)
         index = torch.where(place < sink, place, begin - sink + place).masked_fill(place >= count, -1)
-        return IndexMask(index=index[None, :, None], kv_len=length)
+        return IndexMask(index=index[None, :, None], kv_len=length, distinct=True)
 
     def unneeded_pages(self, length: int, page: int) -> Tensor:
         """bool [H, P]: pages of a cache of `length` tokens that its newest query and all later ones leave out."""

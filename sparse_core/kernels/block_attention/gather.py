@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_core.kernels.softmax import softmax
+
 if TYPE_CHECKING:
     from sparse_core.attention.masks import BlockMask
 
@@ -17,9 +19,10 @@ SCORES = 2**22  # scores that are held at once
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Tq, D] and log-sum-exp [B, Hq, Tq]; autograd follows the steps."""
     (bq, bk), device = mask.block_size, q.device
-    count, index = mask.to(device).lists
+    mask = mask.to(device)
+    count, index = mask.lists
     per_block = q.shape[0] * q.shape[1] * bq * index.shape[-1] * bk
-    step = max(1, SCORES // per_block)
+    step = max(1, SCORES // max(1, per_block))
     parts = [
         _attend_blocks(
             q, k, v, mask, scale, count[:, :, first : first + step], index[:, :, first : first + step], first
@@ -45,14 +48,13 @@ def _attend_blocks(
     keys = j.clamp_max(mask.kv_len - 1)
     group = q.shape[1] // k.shape[1]
     # Places beyond a row's list hold whatever; what is not listed must not reach the sums, not even as 0 times NaN.
-    near_k, near_v = (x[b, h // group, keys].masked_fill(~listed[..., None], 0) for x in (k, v))
-    near_q = q[b, h, i.clamp_max(mask.q_len - 1)]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    near_k, near_v = (x[b, h // group, keys].to(dtype).masked_fill(~listed[..., None], 0) for x in (k, v))
+    near_q = q[b, h, i.clamp_max(mask.q_len - 1)].to(dtype)
     inside = (i < mask.q_len)[..., None] & listed[..., None, :]
     kept = inside & mask.to_rule()(
         b[..., None], h[..., None], i.clamp_max(mask.q_len - 1)[..., None], keys[..., None, :]
     )
-    scores = (near_q.float() @ near_k.float().mT * scale).masked_fill(~kept, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    weights, lse = softmax((near_q @ near_k.mT * scale).masked_fill(~kept, -torch.inf))
     rows = slice(0, min(blocks * bq, mask.q_len - first * bq))
-    return (weights @ near_v.float()).flatten(2, 3)[:, :, rows], lse.flatten(2, 3)[:, :, rows]
+    return (weights @ near_v).flatten(2, 3)[:, :, rows], lse.float().flatten(2, 3)[:, :, rows]

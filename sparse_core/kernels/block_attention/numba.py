@@ -3,7 +3,9 @@
 The work is cut into tiles of 64 queries and 64 keys. Scores are kept transposed, keys down and queries across, so that a
 softmax is a walk down vectors and no sum runs across one. A query tile is packed once; keys and values are read where
 they lie, unless their blocks are small or the last one is ragged. The backward pass walks the same lists with five
-products per tile and saves nothing but the inputs, the output and the log-sum-exp.
+products per tile and saves nothing but the inputs, the output and two numbers per query: the largest score and the
+logarithm of the sum that is taken relative to it. Their sum, the log-sum-exp, would not do for large scores: at 1e5
+float32 knows it to 0.004, and a weight with it.
 
 Everything here is flat and made of words, see `sparse_core.kernels.simd`: float32, or pairs of bfloat16 (`pack` 2), whose
 products are twice as fast. Such a matrix comes twice: as it lies, its pairs along a row, and with its pairs down two rows
@@ -21,8 +23,11 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from sparse_core import counters
 from sparse_core.kernels.arrays import flat_rows
+from sparse_core.kernels.compiled import cached
 from sparse_core.kernels.simd import (
     COLUMNS,
     PAIRS,
@@ -48,7 +53,7 @@ LOWEST = np.float32(
 FIRST, COUNT, KIND, SHIFT = 0, 1, 2, 3  # of a run of keys, see `_plan_tile`
 WIDTH = 32  # head widths are padded to multiples of this
 
-kernel = njit(cache=True, nogil=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
+kernel = cached(nogil=True, no_cfunc_wrapper=True)
 # A function that only kernels call: it needs no way in from Python, and lies in their cache.
 part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
@@ -186,11 +191,12 @@ def _mask_tile(s, rows, runs, spans, tiles, bq, bk, q0, queries, pack):
 
 
 @kernel
-def forward(q, k, v2, out, lse, offsets, columns, pattern, tiles, sizes, scale, low, high):
-    """Output and log-sum-exp of the query tiles low .. high, counted over samples, query heads and tiles.
+def forward(q, k, v2, out, top, logs, offsets, columns, pattern, tiles, sizes, scale, low, high):
+    """Output, largest score and logarithm of the sum relative to it of the query tiles low .. high, counted over samples,
+    query heads and tiles.
 
-    q [B Hq Tq words], k [B Hkv Tk words], v2 [B Hkv Tk/pack width], out [B Hq Tq width] and lse [B Hq Tq] flat; offsets,
-    columns, pattern: the mask's rows of key blocks, and -1 for a full block or the index of its pattern in tiles
+    q [B Hq Tq words], k [B Hkv Tk words], v2 [B Hkv Tk/pack width], out [B Hq Tq width], top, logs [B Hq Tq] flat;
+    offsets, columns, pattern: the mask's rows of key blocks, and -1 for a full block or the index of its pattern in tiles
     [n bq bk]; sizes: see `_prepare`.
     """
     hq, hkv, tq, tk, width, pack, bq, bk, mb, mh = sizes
@@ -204,13 +210,13 @@ def forward(q, k, v2, out, lse, offsets, columns, pattern, tiles, sizes, scale, 
     blocks = -(-tq // bq)
     across, s, o = (
         np.empty(words * TILE, q.dtype),
-        np.empty(TILE * TILE, lse.dtype),
-        np.empty(TILE * width, lse.dtype),
+        np.empty(TILE * TILE, top.dtype),
+        np.empty(TILE * width, top.dtype),
     )
     p = s.view(q.dtype)
     keys, values = np.empty(TILE * words, q.dtype), np.empty(TILE * words, q.dtype)
-    m, before, total, shrink = (np.empty(TILE, lse.dtype), np.empty(TILE, lse.dtype), np.empty(TILE, lse.dtype),
-                                np.empty(TILE, lse.dtype))  # fmt: skip
+    m, before, total, shrink = (np.empty(TILE, top.dtype), np.empty(TILE, top.dtype), np.empty(TILE, top.dtype),
+                                np.empty(TILE, top.dtype))  # fmt: skip
     spans = np.empty((TILE, 4), offsets.dtype)
     for task in range(low, high):
         head, tile = task // per_head, task % per_head
@@ -254,7 +260,8 @@ def forward(q, k, v2, out, lse, offsets, columns, pattern, tiles, sizes, scale, 
         for i in range(queries):
             place = head * tq + start + i
             kept = m[i] > LOWEST
-            lse[place] = m[i] + np.float32(math.log(total[i])) if kept else np.float32(-np.inf)
+            top[place] = m[i] if kept else np.float32(-np.inf)
+            logs[place] = np.float32(math.log(total[i])) if kept else np.float32(0)
             factor = np.float32(1) / total[i] if kept else np.float32(0)
             for d in range(width):
                 out[place * width + d] = o[i * width + d] * factor
@@ -267,8 +274,9 @@ def backward(
     """Gradients of the key-value heads low .. high, counted over samples and heads; a head is one task, so that its dk and
     dv have one owner.
 
-    g is the gradient of the output, like q; delta [B Hq Tq] its product with the output, less the gradient of lse; dq,
-    dk, dv [B H T width] are float32. Per tile: scores and dp = v g, then p and ds in place, then dv += p g, dk += ds q,
+    Weights are exp(score - lse). g is the gradient of the output, like q; delta [B Hq Tq] its product with the output,
+    less the gradient of the log-sum-exp; both over the sum of a row's weights, where that is not 1. dq, dk, dv
+    [B H T width] are float32. Per tile: scores and dp = v g, then p and ds in place, then dv += p g, dk += ds q,
     dq += ds k.
     """
     hq, hkv, tq, tk, width, pack, bq, bk, mb, mh = sizes
@@ -410,25 +418,32 @@ class _Attend(torch.autograd.Function):
         pack = _words(q, mask)
         call = _prepare(q, k, mask, pack)
         width, tiles = call[-1][4], -(-q.shape[2] // min(mask.block_size[0], TILE))
-        out, lse = torch.empty(*q.shape[:3], width), torch.empty(q.shape[:3])
+        out, top, logs = torch.empty(*q.shape[:3], width), torch.empty(q.shape[:3]), torch.empty(q.shape[:3])
         rows = (_Rows(q, pack).words, _Rows(k, pack).words, _Rows(v, pack).down)
         split(
             forward,
-            (*rows, out.view(-1).numpy(), lse.view(-1).numpy(), *call, np.float32(scale)),
+            (*rows, *(x.view(-1).numpy() for x in (out, top, logs)), *call, np.float32(scale)),
             q.shape[0] * q.shape[1] * tiles,
+            optimize=1,
         )
         result = out[..., : q.shape[-1]].to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
+        counters.reach(peak_tile_bytes=4 * TILE * TILE)
+        ctx.save_for_backward(q, k, v, result, top, logs)
         ctx.mask, ctx.scale = mask, scale
-        return result, lse
+        return result, top + logs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, top, logs = ctx.saved_tensors
         grad, grad_lse = gradients
         pack = _words(q, ctx.mask)
         call = _prepare(q, k, ctx.mask, pack)
         delta = (grad.float() * out.float()).sum(-1) - grad_lse
+        if pack == 1:  # weights relative to the largest score, and what they are multiplied by over their sum
+            grad, delta, lse = grad.float() * (-logs).exp()[..., None], delta * (-logs).exp(), top
+        else:  # in bfloat16 the scores themselves are no better known
+            lse = top + logs
         dq, dk, dv = (torch.zeros(*x.shape[:3], call[-1][4]) for x in (q, k, v))
         queries, keys, slopes = (_Rows(x, pack) for x in (q, k, grad))
         rows = (queries.words, queries.down, keys.words, keys.down, _Rows(v, pack).words)
@@ -438,6 +453,7 @@ class _Attend(torch.autograd.Function):
             backward,
             (*rows, *statistics, slopes.words, slopes.down, *results, *call, np.float32(ctx.scale)),
             k.shape[0] * k.shape[1],
+            optimize=1,
         )
         back = [x[..., : q.shape[-1]].to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v))]
         return (*back, None, None)

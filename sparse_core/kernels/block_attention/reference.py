@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_core.kernels.softmax import softmax
+
 if TYPE_CHECKING:
     from sparse_core.attention.masks import BlockMask, TokenCSR
 
@@ -20,7 +22,5 @@ def attend(
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     kept = mask.to_token_mask().to(q.device)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(dtype) @ k.to(dtype).mT * scale).masked_fill(~kept, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    weights, lse = softmax((q.to(dtype) @ k.to(dtype).mT * scale).masked_fill(~kept, -torch.inf))
     return (weights @ v.to(dtype)).to(q.dtype), lse.float()

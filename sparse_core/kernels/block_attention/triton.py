@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_core import counters
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import BlockMask
@@ -224,11 +227,13 @@ class _Attend(torch.autograd.Function):
         forward[(len(order),)](
             q, k, v, out, lse, *_rows(mask), order, *launch.numbers, per_head, **launch.constants
         )
+        counters.reach(peak_tile_bytes=4 * launch.tile_q * launch.tile_k)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask, ctx.launch = mask, launch
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, out, lse), (grad, grad_lse) = ctx.saved_tensors, gradients
         grad, launch = grad.contiguous(), ctx.launch

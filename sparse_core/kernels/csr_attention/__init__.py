@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_core import counters
 from sparse_core.kernels.block_attention import check
-from sparse_core.kernels.dispatch import find
+from sparse_core.kernels.dispatch import call
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import TokenCSR
@@ -34,11 +34,11 @@ def csr_attention(
     float32. A query row without any key gives 0 and -inf. implementation: `reference` (the definition, dense), `numba`
     (CPU), `gather` (plain torch, any device), or `auto`. Raises ValueError, in one sentence, for what does not fit.
     """
-    check(q, k, v, mask)
+    check(q, k, v, mask, "TokenCSR")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
         pairs = int(mask.pairs().expand(q.shape[0], q.shape[1]).sum())
         work = pairs * q.shape[-1]
         counters.add(products=pairs, multiply_adds=2 * work, kv_bytes=2 * work * k.element_size())
-    out, lse = find(__name__, implementation, q.device, IMPLEMENTATIONS)(q, k, v, mask, factor)
+    out, lse = call(__name__, implementation, IMPLEMENTATIONS, q, k, v, mask, factor)
     return (out, lse) if return_lse else out

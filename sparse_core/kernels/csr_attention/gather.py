@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_core.kernels.softmax import softmax
+
 if TYPE_CHECKING:
     from sparse_core.attention.masks import TokenCSR
 
@@ -22,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: TokenCSR, scale: float) -> tup
         _attend_rows(
             q, k, v, mask, scale, torch.arange(first, min(b * hq * tq, first + step), device=q.device)
         )
-        for first in range(0, b * hq * tq, step)
+        for first in range(0, max(1, b * hq * tq), step)
     ]
     out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
     return out.view(q.shape).to(q.dtype), lse.view(b, hq, tq)
@@ -36,7 +38,7 @@ def _attend_rows(
     sample, head, query = task // (hq * tq), task // tq % hq, task % tq
     row = ((sample if mask.batch > 1 else 0) * mask.heads + (head if mask.heads > 1 else 0)) * tq + query
     first, count = mask.crow[row], mask.crow[row + 1] - mask.crow[row]
-    place = torch.arange(max(1, int(count.max())), device=q.device)
+    place = torch.arange(max(1, int(count.max())) if len(count) else 1, device=q.device)
     listed = place < count[:, None]
     entry = torch.where(listed, first[:, None] + place, 0)
     key = mask.col[entry] if len(mask.col) else entry
@@ -45,7 +47,6 @@ def _attend_rows(
     dtype = torch.promote_types(q.dtype, torch.float32)
     near_k, near_v = (x[owner, group, key].to(dtype).masked_fill(~listed[..., None], 0) for x in (k, v))
     near_q = q[sample, head, query].to(dtype)
-    scores = ((near_k @ near_q[..., None])[..., 0] * scale).masked_fill(~listed, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    scores = (near_k @ near_q[..., None])[..., 0] * scale
+    weights, lse = softmax(scores.masked_fill(~listed, -torch.inf))
     return (weights[:, None] @ near_v)[:, 0], lse.float()

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from sparse_core import counters
 from sparse_core.kernels.arrays import flat_rows
+from sparse_core.kernels.compiled import cached
 from sparse_core.kernels.simd import COLUMNS, VL, add_rows, dot, exp_difference
 from sparse_core.kernels.threads import split
 
@@ -25,7 +27,7 @@ SIMD = 3  # `sparse_core.kernels.simd.VERSION` that this file was compiled again
 NOTHING = np.float32(-1e30)  # the score of a place that holds no key: its weight is exactly 0
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _weigh(scores, kept, largest, level):
     """scores = exp(scores - largest) in whole strips; places from `kept` on become 0."""
     level[:] = largest
@@ -35,7 +37,7 @@ def _weigh(scores, kept, largest, level):
         exp_difference(scores, np.int64(j), level, np.int64(0), scores, np.int64(j))
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _sum_rows(weights, rows, kept, x, out, at, width):
     """out[at ..] += sum of weights times the rows of x that begin at `rows`; in fours, the spare weigh nothing."""
     for j in range(kept, -(-kept // 4) * 4):
@@ -47,18 +49,19 @@ def _sum_rows(weights, rows, kept, x, out, at, width):
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _add_scaled(factor, x, xo, out, oo, width):
     for d in range(width):
         out[oo + d] += factor * x[xo + d]
 
 
-@njit(cache=True, nogil=True)
-def forward(q, k, v, out, lse, crow, col, sizes, scale, low, high):
-    """Output and log-sum-exp of the rows low .. high, counted over samples, query heads and queries.
+@cached(nogil=True)
+def forward(q, k, v, out, top, logs, crow, col, sizes, scale, low, high):
+    """Output, largest score and logarithm of the sum relative to it of the rows low .. high, counted over samples, query
+    heads and queries.
 
-    q, out [B Hq Tq width], k, v [B Hkv Tk width] and lse [B Hq Tq] flat, out filled with 0; crow, col: the mask's rows;
-    sizes (Hq, Hkv, Tq, Tk, width, samples and heads of the mask, longest row).
+    q, out [B Hq Tq width], k, v [B Hkv Tk width] and top, logs [B Hq Tq] flat, out filled with 0; crow, col: the mask's
+    rows; sizes (Hq, Hkv, Tq, Tk, width, samples and heads of the mask, longest row).
     """
     hq, hkv, tq, tk, width, mb, mh, longest = sizes
     room = -(-longest // COLUMNS) * COLUMNS + COLUMNS
@@ -70,7 +73,7 @@ def forward(q, k, v, out, lse, crow, col, sizes, scale, low, high):
         base, first = (sample * hkv + h // (hq // hkv)) * tk, crow[row]
         kept = crow[row + 1] - first
         if kept == 0:
-            lse[task] = np.float32(-np.inf)
+            top[task], logs[task] = np.float32(-np.inf), np.float32(0)
             continue
         largest = np.float32(-np.inf)
         for j in range(kept):
@@ -85,16 +88,17 @@ def forward(q, k, v, out, lse, crow, col, sizes, scale, low, high):
         for j in range(kept):
             scores[j] /= total
         _sum_rows(scores, rows, kept, v, out, task * width, width)
-        lse[task] = largest + np.float32(math.log(total))
+        top[task], logs[task] = largest, np.float32(math.log(total))
 
 
-@njit(cache=True, nogil=True)
-def backward(q, k, v, lse, delta, grad, dq, dk, dv, crow, col, sizes, scale, low, high):
+@cached(nogil=True)
+def backward(q, k, v, top, delta, grad, dq, dk, dv, crow, col, sizes, scale, low, high):
     """Gradients of the key-value heads low .. high, counted over samples and heads; a head is one task, so that its dk and
     dv have one owner.
 
-    grad [B Hq Tq width] is that of the output, delta [B Hq Tq] its product with the output, less the gradient of lse.
-    Per key of a row: p = exp(score - lse), ds = p (v grad - delta), dv += p grad, dk += ds q; then dq = ds k.
+    grad [B Hq Tq width] is that of the output, delta [B Hq Tq] its product with the output, less the gradient of lse, both
+    over the row's sum of exp(score - top). Per key of a row: p = exp(score - top), ds = p (v grad - delta), dv += p grad,
+    dk += ds q; then dq = ds k. Weights from the log-sum-exp would be wrong by what float32 does not hold of large scores.
     """
     hq, hkv, tq, tk, width, mb, mh, longest = sizes
     room, group = -(-longest // COLUMNS) * COLUMNS + COLUMNS, hq // hkv
@@ -112,7 +116,7 @@ def backward(q, k, v, lse, delta, grad, dq, dk, dv, crow, col, sizes, scale, low
             for j in range(kept):
                 rows[j] = (owner * tk + col[first + j]) * width
                 p[j] = dot(q, np.int64(at), k, np.int64(rows[j]), np.int64(width)) * scale
-            _weigh(p, kept, lse[task], level)
+            _weigh(p, kept, top[task], level)
             for j in range(kept):
                 dp = dot(grad, np.int64(at), v, np.int64(rows[j]), np.int64(width))
                 ds[j] = p[j] * (dp - delta[task]) * scale
@@ -123,7 +127,7 @@ def backward(q, k, v, lse, delta, grad, dq, dk, dv, crow, col, sizes, scale, low
 
 def _sizes(q: Tensor, k: Tensor, mask: TokenCSR) -> tuple[int, ...]:
     _, hq, tq, d = q.shape
-    longest = int(mask.counts.max())
+    longest = int(mask.counts.max()) if mask.counts.numel() else 0
     return hq, k.shape[1], tq, k.shape[2], d + -d % VL, mask.batch, mask.heads, longest
 
 
@@ -133,23 +137,31 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TokenCSR, scale: float
     ) -> tuple[Tensor, Tensor]:
         sizes = _sizes(q, k, mask)
-        out, lse = torch.zeros(*q.shape[:3], sizes[4]), torch.empty(q.shape[:3])
-        arrays = (*(flat_rows(x, VL) for x in (q, k, v)), out.view(-1).numpy(), lse.view(-1).numpy())
+        out, top, logs = (
+            torch.zeros(*q.shape[:3], sizes[4]),
+            torch.empty(q.shape[:3]),
+            torch.empty(q.shape[:3]),
+        )
+        arrays = (*(flat_rows(x, VL) for x in (q, k, v)), *(x.view(-1).numpy() for x in (out, top, logs)))
         rows = (mask.crow.numpy(), mask.col.numpy())
-        split(forward, (*arrays, *rows, sizes, np.float32(scale)), lse.numel())
+        split(forward, (*arrays, *rows, sizes, np.float32(scale)), top.numel())
         result = out[..., : q.shape[-1]].to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
+        counters.reach(peak_tile_bytes=4 * sizes[-1])
+        ctx.save_for_backward(q, k, v, result, top, logs)
         ctx.mask, ctx.scale = mask, scale
-        return result, lse
+        return result, top + logs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, top, logs = ctx.saved_tensors
         grad, grad_lse = gradients
         sizes, mask = _sizes(q, k, ctx.mask), ctx.mask
-        delta = (grad.float() * out.float()).sum(-1) - grad_lse
+        share = (-logs).exp()
+        delta = ((grad.float() * out.float()).sum(-1) - grad_lse) * share
+        grad = grad.float() * share[..., None]
         back = [torch.zeros(*x.shape[:3], sizes[4]) for x in (q, k, v)]
-        flat = (x.contiguous().view(-1).numpy() for x in (lse, delta))
+        flat = (x.contiguous().view(-1).numpy() for x in (top, delta))
         arrays = (
             *(flat_rows(x, VL) for x in (q, k, v)),
             *flat,

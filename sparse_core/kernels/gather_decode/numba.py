@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from sparse_core.kernels.compiled import cached
 from sparse_core.kernels.simd import VL, add_rows, dot, prefetch
 from sparse_core.kernels.threads import split
 
@@ -18,13 +18,13 @@ AHEAD = 8  # rows that are asked for before they are read
 LINE = 16  # floats in a cache line
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _ask(x, row, width):
     for d in range(0, width, LINE):
         prefetch(x, np.int64(row + d))
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def decode(q, k, v, index, out, lse, found, sizes, scale, low, high):
     """Output, log-sum-exp and scores of the heads low .. high, counted over samples and query heads.
 
@@ -78,10 +78,11 @@ def decode(q, k, v, index, out, lse, found, sizes, scale, low, high):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, D] in the dtype of q, log-sum-exp [B, Hq] and scores [B, Hq, n] in float32; not differentiable."""
+    index = index[:, :, None].expand(-1, -1, q.shape[1] // index.shape[1], -1).flatten(1, 2)
     b, hq, d = q.shape
     spare = -d % VL
     near = [torch.nn.functional.pad(x.float(), (0, spare)).contiguous() if spare or x.dtype != torch.float32
-            else x.contiguous() for x in (q, k, v)]  # fmt: skip
+            else x.contiguous() for x in (q.detach(), k.detach(), v.detach())]  # fmt: skip
     out, lse, found = torch.empty(b, hq, d + spare), torch.empty(b, hq), torch.empty(index.shape)
     arrays: list[Any] = [x.view(-1).numpy() for x in (*near, index.long().contiguous(), out, lse, found)]
     sizes = (hq, k.shape[1], k.shape[2], d + spare, index.shape[-1])

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_core.kernels.dispatch import find
+from sparse_core.kernels.dispatch import call
 from sparse_core.kernels.label_scores.packing import dequantise, quantise
 
 __all__ = ["IMPLEMENTATIONS", "dequantise", "label_scores", "quantise"]
@@ -29,4 +29,4 @@ def label_scores(
         raise ValueError(
             f"packed: expected [{b}, H, T, {4 + (r + 1) // 2}] of which H divides {hq}, got {list(packed.shape)}"
         )
-    return find(__name__, implementation, q.device, IMPLEMENTATIONS, "score")(q.float(), packed)
+    return call(__name__, implementation, IMPLEMENTATIONS, q.float(), packed, function="score")

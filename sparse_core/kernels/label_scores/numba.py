@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from sparse_core.kernels.compiled import cached
 from sparse_core.kernels.threads import split
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def score_rows(q, packed, halves, out, sizes, low, high):
     """Scores of the heads low .. high, counted over samples and query heads.
 
@@ -50,7 +50,7 @@ def score(q: Tensor, packed: Tensor) -> Tensor:
     """Scores [B, Hq, T] of q [B, Hq, r] with the rows packed [B, Hkv, T, 4 + ceil(r / 2)]; not differentiable."""
     (b, hq, r), (_, hkv, length, width) = q.shape, packed.shape
     out = torch.empty(b, hq, length)
-    near = torch.nn.functional.pad(q.float(), (0, r % 2)).contiguous()
+    near = torch.nn.functional.pad(q.detach().float(), (0, r % 2)).contiguous()
     arrays = [x.view(-1).numpy() for x in (near, packed.contiguous())]
     split(score_rows, (*arrays, _halves(), out.view(-1).numpy(), (hq, hkv, length, width - 4)), b * hq)
     return out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_core import counters
 from sparse_core.kernels.block_attention import check
-from sparse_core.kernels.dispatch import find
+from sparse_core.kernels.dispatch import call
 
 if TYPE_CHECKING:
     from sparse_core.attention.masks import ClusterMask
@@ -32,7 +32,7 @@ def segment_attention(
     definition, dense), `gather` (plain torch, any device), or `auto`, which is `gather`. Raises ValueError, in one
     sentence, for what does not fit.
     """
-    check(q, k, v, mask)
+    check(q, k, v, mask, "ClusterMask")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if counters.counting():
         copies = (q.shape[0] // mask.shape[0]) * (q.shape[1] // mask.shape[1])
@@ -43,4 +43,4 @@ def segment_attention(
             multiply_adds=2 * pairs * q.shape[-1],
             kv_bytes=2 * keys * k.shape[-1] * k.element_size(),
         )
-    return find(__name__, implementation, q.device, IMPLEMENTATIONS)(q, k, v, mask, factor)
+    return call(__name__, implementation, IMPLEMENTATIONS, q, k, v, mask, factor)

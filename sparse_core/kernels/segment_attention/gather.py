@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_core import counters
+
 if TYPE_CHECKING:
     from sparse_core.attention.masks import ClusterMask
 
@@ -18,7 +20,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float) -> 
     """Output [B, H, Tq, D]; autograd follows the steps and keeps the gathered rows, never the scores of all pairs."""
     b, h, length, d = q.shape
     per_cluster = b * h * mask.q_index.shape[-1] * mask.k_index.shape[-1]
-    step = max(1, SCORES // per_cluster)
+    step = max(1, SCORES // max(1, per_cluster))
     parts = [
         _attend_clusters(q, k, v, mask, scale, first, min(first + step, mask.shape[2]))
         for first in range(0, mask.shape[2], step)
@@ -33,10 +35,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float) -> 
 def _attend_clusters(
     q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the output that these clusters add to, and what they add in float32 [rows, D]; what no token gets goes
-    to one row past the last."""
+    """The rows of the output that these clusters add to, and what they add [rows, D], in float32 at least; what no token
+    gets goes to one row past the last."""
     b, h, length, _ = q.shape
     kept = mask.kept(first, last).expand(b, h, -1, -1, -1).flatten(0, 1)
+    counters.reach(peak_tile_bytes=kept.numel() * q.element_size())
     some = kept.any(-1)
     q_index, k_index = (
         index[:, :, first:last].expand(b, h, -1, -1).flatten(0, 1) for index in (mask.q_index, mask.k_index)
@@ -50,7 +53,7 @@ def _attend_clusters(
         near_q, near_k, near_v, attn_mask=kept | ~some[..., None], scale=scale
     )
     rows = (heads[:, None, None] * length + q_index).masked_fill(~some, b * h * length)
-    return rows.flatten(), out.float().flatten(0, 2)
+    return rows.flatten(), out.to(torch.promote_types(q.dtype, torch.float32)).flatten(0, 2)
 
 
 def _rows(x: Tensor, index: Tensor, heads: Tensor) -> Tensor:

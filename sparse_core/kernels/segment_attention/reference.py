@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_core import counters
+
 if TYPE_CHECKING:
     from sparse_core.attention.masks import ClusterMask
 
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: ClusterMask, scale: float) -> Tensor:
     """Output [B, H, Tq, D]; autograd follows the steps."""
     group = q.shape[1] // k.shape[1]
-    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
-    scores = q.float() @ k.mT * scale
-    total, times = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(scores[..., :1])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+    scores = q.to(dtype) @ k.mT * scale
+    counters.reach(peak_tile_bytes=scores.numel() * scores.element_size())
+    total, times = torch.zeros_like(q, dtype=dtype), torch.zeros_like(scores[..., :1])
     for kept in mask.to_token_masks().unbind(2):
         some = kept.any(-1, keepdim=True)
         near = scores.masked_fill(~kept, -torch.inf).masked_fill(~some, 0)

@@ -8,7 +8,10 @@ of every key once more, side by side and in four bits. In decoding
 so a step reads T r half bytes and 2 k D numbers instead of 2 T D. Query heads that share keys share the channels:
 importance is summed over the group. Calibrate with queries and keys as attention sees them, after a rotary embedding.
 
-Fidelity: exact. Prefetching for offloaded caches is `select` with the query of the layer below.
+A cache in host memory is read ahead (`Prefetch`): with the query that the hidden state of layer l gives for layer l + 1,
+much like its own, the keys of that layer are chosen and moved while layer l attends; two layers are under way at most.
+
+Fidelity: exact. On CUDA the rows to move are gathered by a thread of the host, not by a kernel that reads pinned memory.
 """
 
 from __future__ import annotations
@@ -17,17 +20,32 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from sparse_core import counters
-from sparse_core.attention.calibrate import check_model, model_hash, read_plan, write_plan
+from sparse_core.attention.calibrate import (
+    attention_inputs,
+    check_model,
+    model_hash,
+    read_plan,
+    write_plan,
+)
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
+from sparse_core.attention.prefetch import Prefetch
 from sparse_core.kernels.gather_decode import decode_attention
 from sparse_core.kernels.label_scores import label_scores, quantise
 from sparse_core.registry import Method, register
+
+__all__ = [
+    "METHOD", "ChannelPlan", "Config", "DoubleSparseCache", "DoubleSparsity", "Prefetch", "calibrate_channels",
+    "double_sparse_decode",
+]  # fmt: skip
+BITS = (4, 16)  # of a label
+LARGEST = 65504.0  # of a label: labels, or their least and their step, are float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +63,7 @@ class Config:
                 f"channels, topk: expected at least 1, dense_layers 0 or more, got {self.channels}, {self.topk}, "
                 f"{self.dense_layers}"
             )
-        if self.label_bits not in (4, 16):
+        if self.label_bits not in BITS:
             raise ValueError(f"label_bits: expected 4 or 16, got {self.label_bits}")
 
 
@@ -59,11 +77,15 @@ class ChannelPlan:
 
     def __post_init__(self) -> None:
         heads = self.channels.ndim == 2 and self.channels.numel() > 0
+        if self.channels.dtype != torch.long:
+            raise ValueError(f"channels: expected whole numbers, int64, got {self.channels.dtype}")
         if not heads or int(self.channels.min()) < 0 or int(self.channels.max()) >= self.width:
             raise ValueError(
                 f"channels: expected [H, r] of 0 to {self.width - 1}, got "
                 f"{list(self.channels.shape)} {self.channels.tolist()}"
             )
+        if (self.channels.sort(-1).values.diff(dim=-1) == 0).any():
+            raise ValueError(f"channels: expected each once per head, got {self.channels.tolist()}")
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -87,23 +109,79 @@ class ChannelPlan:
         check_model(self.model, model)
 
 
+@overload
 def calibrate_channels(
-    pairs: Iterable[tuple[Tensor, Tensor]], channels: int, model: nn.Module | None = None
-) -> ChannelPlan:
-    """The plan of one layer from its queries [B, Hq, T, D] and keys [B, Hkv, T, D] over some texts; `model` signs it."""
-    total, width, tokens = None, 0, 0
+    source: Iterable[tuple[Tensor, Tensor]], channels: int, model: nn.Module | None = None
+) -> ChannelPlan: ...
+
+
+@overload
+def calibrate_channels(
+    source: nn.Module, channels: int, *, batches: Iterable[Any] | None = None
+) -> dict[str, ChannelPlan]: ...
+
+
+def calibrate_channels(
+    source: nn.Module | Iterable[tuple[Tensor, Tensor]], channels: int, model: nn.Module | None = None, *,
+    batches: Iterable[Any] | None = None,
+) -> ChannelPlan | dict[str, ChannelPlan]:  # fmt: skip
+    """The plan of one layer from its queries [B, Hq, T, D] and keys [B, Hkv, T, D] over some texts, signed by `model`; or,
+    of a model that is run on each of `batches`, the plan of every attention by its name, as `attention_inputs` finds them.
+
+    Raises ValueError for pairs that do not fit each other or are not finite, for no tokens, and channels there are not.
+    """
+    if not isinstance(source, nn.Module):
+        return _plan(_importance(source), channels, model)
+    if batches is None:
+        raise ValueError("batches: expected what to run the model on, got none; pass some texts")
+    totals: dict[str, Tensor] = {}
+    for inputs in attention_inputs(source, batches):
+        for name, (q, k, _) in inputs.items():
+            found = _importance([(q, k)])
+            totals[name] = totals[name] + found if name in totals else found
+    if not totals:
+        raise ValueError("batches: expected at least one, got none")
+    return {name: _plan(total, channels, source) for name, total in totals.items()}
+
+
+def _importance(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum over tokens and the queries of a group of |q_c k_c|, [Hkv, D]."""
+    total, tokens = torch.zeros(0, 0), 0
     for q, k in pairs:
-        _check_heads(q, k.shape[1], k.shape[-1])
-        group, width = q.shape[1] // k.shape[1], k.shape[-1]
-        importance = (q.float().unflatten(1, (-1, group)) * k.float()[:, :, None]).abs().sum((0, 2, 3))
-        total = importance if total is None else total + importance
+        _check_pair(q, k)
+        group = q.shape[1] // k.shape[1]
+        found = (q.float().unflatten(1, (-1, group)) * k.float()[:, :, None]).abs().sum((0, 2, 3))
+        if not found.isfinite().all():
+            raise ValueError(
+                "pairs: expected finite queries and keys, got NaN or infinity; check what made them"
+            )
+        if tokens and found.shape != total.shape:
+            raise ValueError(
+                f"pairs: expected keys of {total.shape[0]} heads and {total.shape[1]} channels in all, got "
+                f"{found.shape[0]} and {found.shape[1]}; calibrate one layer at a time"
+            )
+        total = total + found if tokens else found
         tokens += q.shape[0] * q.shape[2]
-    if total is None or not tokens:
+    if not tokens:
         raise ValueError("pairs: expected queries and keys of at least one token, got none")
+    return total
+
+
+def _plan(importance: Tensor, channels: int, model: nn.Module | None) -> ChannelPlan:
+    """The `channels` most important ones of each head."""
+    width = importance.shape[1]
     if not 1 <= channels <= width:
         raise ValueError(f"channels: expected 1 to {width}, got {channels}")
-    best = total.sort(dim=-1, descending=True, stable=True).indices[:, :channels]
+    best = importance.sort(dim=-1, descending=True, stable=True).indices[:, :channels]
     return ChannelPlan(channels=best.cpu(), width=width, model=model_hash(model) if model is not None else "")
+
+
+def _check_pair(q: Tensor, k: Tensor) -> None:
+    _check_heads(q, k.shape[1], k.shape[-1])
+    if (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            f"pairs: expected queries and keys of the same tokens, got {list(q.shape)} and {list(k.shape)}"
+        )
 
 
 def _check_heads(q: Tensor, heads: int, width: int) -> None:
@@ -116,6 +194,8 @@ class DoubleSparseCache(KVCache):
     """A cache that also keeps the plan's channels of every key, in `label_bits` bits."""
 
     def __init__(self, plan: ChannelPlan, batch: int = 1, *, label_bits: int = 4, **options):
+        if label_bits not in BITS:
+            raise ValueError(f"label_bits: expected 4 or 16, got {label_bits}")
         heads, self.plan, self.label_bits = plan.channels.shape[0], plan, label_bits
         super().__init__(batch, heads, plan.width, **options)
         self.channels = plan.channels.to(self.device)
@@ -128,6 +208,11 @@ class DoubleSparseCache(KVCache):
 
     def _label(self, k: Tensor, v: Tensor) -> Tensor:
         near = self._pick(k).float()
+        if near.numel() and not float(near.abs().amax()) <= LARGEST:
+            raise ValueError(
+                f"k: expected keys of at most {LARGEST:g} in the plan's channels, got {float(near.abs().amax()):g}; "
+                "scale keys down and queries up"
+            )
         return quantise(near) if self.label_bits == 4 else near.half()
 
     @property
@@ -170,9 +255,24 @@ def double_sparse_decode(
 class DoubleSparsity(nn.Module):
     """Decoding by layers: the first ones dense, the others over the keys that their labels choose."""
 
-    def __init__(self, config: Config | None = None, num_heads: int = 0):
+    def __init__(self, config: Config | None = None):
         super().__init__()
         self.config = config or Config()
+
+    def calibrate(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], model: nn.Module | None = None
+    ) -> ChannelPlan:
+        """The plan of one layer with the config's number of channels; see `calibrate_channels`."""
+        return calibrate_channels(pairs, self.config.channels, model)
+
+    def cache(self, plan: ChannelPlan, batch: int = 1, **options: Any) -> DoubleSparseCache:
+        """An empty cache of a layer with labels as the config has them; options are those of `KVCache`. ValueError for a
+        plan of another number of channels."""
+        if plan.channels.shape[1] != self.config.channels:
+            raise ValueError(
+                f"plan: expected {self.config.channels} channels per head, got {plan.channels.shape[1]}; calibrate again"
+            )
+        return DoubleSparseCache(plan, batch, label_bits=self.config.label_bits, **options)
 
     def decode(self, layer: int, q1: Tensor, cache: DoubleSparseCache) -> Tensor:
         """[B, Hq, 1, D]."""

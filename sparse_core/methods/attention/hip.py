@@ -6,6 +6,9 @@ nodes are single blocks. These, a sliding window and the first tokens are attend
 2 budget log2(T / budget) dot products instead of T: below some eight thousand tokens at the paper's budget that is no
 saving. A whole scan is what the method never makes, so keys without locality are found less well.
 
+The choice leaks when causal: the queries of a block choose together, so which keys a query looks at depends on the up to
+block_q - 1 queries after it, although it never looks at later keys. Only block_q = 1, as in decoding, does not leak.
+
 Fidelity: exact (the paper's block version; the first block of a half may stand for it, as in the paper's draft code).
 """
 
@@ -23,17 +26,18 @@ from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, IndexMask, causal
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.gather_decode import decode_attention
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 KEYS = 2**22  # floats of keys that are gathered at once
-Read = Callable[[Tensor], Tensor]
-"""Keys [B, H, n, P, D] at positions [B, H, n, P]."""
+Read = Callable[[Tensor, Tensor], Tensor]
+"""Keys [N, P, D] at positions [N, P], each row for the query block `owner` [N] of B, H, n counted in that order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """budget, window, sink in tokens; block_q, block_k tokens per block; rep: `mid` or `first` block of a half stands for
-    it; q_stride: score only every so many query rows; refresh: decoding steps that share one search."""
+    it; q_stride: score only every so many query rows; refresh: decoding steps that share one search; dense_layers: so many
+    first layers of a model attend to everything, in the paper's language models three."""
 
     budget: int = 512
     block_q: int = 32
@@ -44,6 +48,7 @@ class Config:
     rep: str = "mid"
     q_stride: int = 1
     refresh: int = 8
+    dense_layers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k"):
@@ -54,8 +59,10 @@ class Config:
             raise ValueError(f"budget: expected a multiple of block_k {self.block_k}, got {self.budget}")
         if self.rep not in ("mid", "first"):
             raise ValueError(f"rep: expected 'mid' or 'first', got {self.rep!r}")
-        if min(self.window, self.sink) < 0 or min(self.q_stride, self.refresh) < 1:
-            raise ValueError("window, sink: expected 0 or more, and q_stride, refresh at least 1")
+        if min(self.window, self.sink, self.dense_layers) < 0 or min(self.q_stride, self.refresh) < 1:
+            raise ValueError(
+                "window, sink, dense_layers: expected 0 or more, and q_stride, refresh at least 1"
+            )
 
     @property
     def nodes(self) -> int:
@@ -68,7 +75,7 @@ def hip_mask(q: Tensor, k: Tensor, **config: object) -> BlockMask:
 
     When causal, the queries are the last Tq tokens. A budget of Tk or more keeps everything that may be seen.
     """
-    settings = Config(**config)  # type: ignore[arg-type]
+    settings = configure(Config, config)
     (b, hq, tq, d), (hkv, tk) = q.shape, k.shape[1:3]
     if hq % hkv:
         raise ValueError(f"heads: expected a multiple of the {hkv} key-value heads, got {hq} query heads")
@@ -76,12 +83,10 @@ def hip_mask(q: Tensor, k: Tensor, **config: object) -> BlockMask:
         raise ValueError(f"k: expected at least as many keys as the {tq} queries of a causal mask, got {tk}")
     bq, bk, group = settings.block_q, settings.block_k, hq // hkv
     blocks = -(-tq // bq)
-    heads = torch.arange(hq, device=q.device)[:, None, None] // group
-    samples = torch.arange(b, device=q.device)[:, None, None, None]
     kept = torch.zeros(
         b, hq, blocks, -(-tk // bk) + 1, dtype=torch.bool, device=q.device
     )  # one more for none
-    step = max(1, KEYS // (b * hq * 2 * settings.budget * d))
+    step = max(1, KEYS // max(1, b * hq * 2 * settings.budget * d))
     for first in range(0, blocks, step):
         rows = torch.arange(first * bq, min(tq, (first + step) * bq), device=q.device)
         tile = torch.nn.functional.pad(rows, (0, -len(rows) % bq), value=-1).view(-1, bq)[
@@ -94,64 +99,78 @@ def hip_mask(q: Tensor, k: Tensor, **config: object) -> BlockMask:
             ends = (torch.arange(first, first + len(tile), device=q.device) * bq + bq).clamp_max(tq) + (
                 tk - tq
             )
-        near = q[:, :, tile.clamp_min(0)]
+
+        def read(owner: Tensor, at: Tensor, count: int = len(tile)) -> Tensor:
+            sample, head = owner // (hq * count), owner // count % hq // group
+            return k[sample[:, None], head[:, None], at]
+
         chosen = search(
-            settings, near, tile + (tk - tq), -(-ends // bk), tk, lambda at: k[samples, heads, at]
-        )
+            settings, q[:, :, tile.clamp_min(0)], tile + (tk - tq), -(-ends // bk), tk, read,
+            max(1, tile.shape[1] // bk),
+        )  # fmt: skip
         places = torch.where(chosen < 0, kept.shape[-1] - 1, chosen)
         kept[:, :, first : first + len(tile)].scatter_(-1, places, True)
     return _with_window(settings, kept[..., :-1], tq, tk)
 
 
-def search(config: Config, q: Tensor, at: Tensor, ends: Tensor, length: int, read: Read) -> Tensor:
+def search(
+    config: Config, q: Tensor, at: Tensor, ends: Tensor, length: int, read: Read, lane: int | None = None
+) -> Tensor:
     """Key blocks [B, H, n, m] that the tree keeps, ascending and -1 where there are fewer.
 
     q [B, H, n, R, D]: the scored rows of n query blocks, tokens `at` [n, R] (below 0: no row); ends [n]: key blocks that
-    they may see, of `length` keys.
+    they may see, of `length` keys. lane: see `_score`.
     """
-    m, bk = config.nodes, config.block_k
+    m = config.nodes
     edges = torch.arange(m + 1, device=q.device) * ends[:, None] // m
     low, high = (x.expand(*q.shape[:2], -1, -1).contiguous() for x in (edges[:, :-1], edges[:, 1:]))
     scores = torch.full_like(low, -torch.inf, dtype=torch.float32)
-    while int((high - low).max()) > 1:
+    while bool((high - low > 1).any()):
         middle = (low + high + 1) // 2
         # Blocks that are single and have their score keep it; halves of all others are looked at.
         open_ = (high - low > 1) | (scores == -torch.inf)
         scores = torch.stack([scores, torch.full_like(scores, -torch.inf)], -1).flatten(-2)
         low, high = (torch.stack(pair, -1).flatten(-2) for pair in ((low, middle), (middle, high)))
-        places = _halves(open_)
-        begin, end = low.gather(-1, places), high.gather(-1, places)
-        rep = begin + (end - begin) // 2 if config.rep == "mid" else begin
-        asked = open_.repeat_interleave(2, -1).gather(-1, places) & (end > begin)
-        found = _score(config, q, at, rep.clamp_max(-(-length // bk) - 1), length, read)
-        products_asked = int(asked.sum()) * bk * q.shape[-2]
-        counters.add(products=products_asked, multiply_adds=products_asked * q.shape[-1])
-        scores = scores.scatter(-1, places, found).masked_fill(high <= low, -torch.inf)
+        asked = open_.repeat_interleave(2, -1) & (high > low)
+        rep = low + (high - low) // 2 if config.rep == "mid" else low
+        found = _score(config, q, at, rep, asked, length, read, lane)
+        scores = torch.where(asked, found, scores).masked_fill(high <= low, -torch.inf)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :m].sort(dim=-1).values
         low, high, scores = (x.gather(-1, best) for x in (low, high, scores))
     return torch.where(high > low, low, -1)
 
 
-def _halves(chosen: Tensor) -> Tensor:
-    """Where both halves of the chosen nodes [.., m] lie among all halves, [.., 2 C] for the C of the row with most; rows
-    with fewer are filled up with other nodes."""
-    most = int(chosen.sum(-1).max())
-    nodes = (~chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
-    return (2 * nodes[..., None] + torch.arange(2, device=nodes.device)).flatten(-2)
+def _score(
+    config: Config, q: Tensor, at: Tensor, rep: Tensor, asked: Tensor, length: int, read: Read, lane: int | None
+) -> Tensor:  # fmt: skip
+    """max over (row, key) of q k for those key blocks rep [B, H, n, C] that are `asked` for, without keys that a row may
+    not see.
 
-
-def _score(config: Config, q: Tensor, at: Tensor, rep: Tensor, length: int, read: Read) -> Tensor:
-    """max over (row, key) of q k for one key block per candidate [B, H, n, C], without keys that a row may not see."""
-    places = rep[..., None] * config.block_k + torch.arange(config.block_k, device=q.device)
-    products = (
-        q.float() @ read(places.flatten(-2).clamp_max(length - 1)).float().mT
-    ).float()  # even under autocast
-    places = places.flatten(-2)[..., None, :]
-    seen = (places < length) & (at >= 0)[..., None]
+    Query blocks ask for different numbers of blocks. They are lined up in lanes of `lane` blocks that share a copy of the
+    rows, and only the last lane of a query block is filled up; without `lane` each has one, as long as the longest.
+    """
+    bk, rows = config.block_k, q.flatten(0, 2)
+    row, place = asked.flatten(0, 2).nonzero(as_tuple=True)
+    count = asked.flatten(0, 2).sum(-1)
+    lane, lanes = (int(count.max()), torch.ones_like(count)) if lane is None else (lane, -(-count // lane))
+    owner = torch.arange(len(rows), device=q.device).repeat_interleave(lanes)
+    rank = torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
+    slot = (lanes.cumsum(0) - lanes)[row] * lane + rank
+    blocks = torch.full((len(owner) * lane,), -1, device=q.device)
+    blocks[slot] = rep.flatten(0, 2)[row, place]
+    places = blocks.view(-1, lane, 1) * bk + torch.arange(bk, device=q.device)
+    places = places.flatten(1)
+    keys = read(owner, places.clamp(0, length - 1))
+    products = (rows[owner].float() @ keys.float().mT).float()  # even under autocast
+    counters.add(products=products.numel(), multiply_adds=products.numel() * q.shape[-1])
+    near = at[owner % len(at)][..., None]
+    seen = ((places >= 0) & (places < length))[:, None] & (near >= 0)
     if config.causal:
-        seen = seen & (at[..., None] >= places)
-    products = products.masked_fill(~seen, -torch.inf)
-    return products.unflatten(-1, (-1, config.block_k)).amax((-3, -1))
+        seen = seen & (near >= places[:, None])
+    best = products.masked_fill(~seen, -torch.inf).unflatten(-1, (lane, bk)).amax((1, 3))
+    found = torch.full_like(asked, -torch.inf, dtype=torch.float32).flatten(0, 2)
+    found[row, place] = best.flatten()[slot]
+    return found.view(asked.shape)
 
 
 def _with_window(config: Config, kept: Tensor, tq: int, tk: int) -> BlockMask:
@@ -181,25 +200,40 @@ class Search:
 
 
 class HiPAttention(AttentionLayer):
-    """Attention under the mask that the tree search finds, for prefill and decoding."""
+    """Attention under the mask that the tree search finds, for prefill and decoding. layer: the place of this layer in its
+    model, for `dense_layers`."""
 
-    def __init__(self, config: Config | None = None):
+    def __init__(self, config: Config | None = None, *, layer: int | None = None):
         super().__init__()
-        self.config = config or Config()
+        self.config, self.layer = config or Config(), layer
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is one of the first layers, which attend to everything."""
+        return self.layer is not None and self.layer < self.config.dense_layers
 
     @torch.no_grad()
     def mask(self, q: Tensor, k: Tensor, v: Tensor) -> BlockMask:
         """The mask of these queries and keys; no gradient flows through the choice."""
-        return hip_mask(q, k, **vars(self.config))
+        if not self.dense:
+            return hip_mask(q, k, **vars(self.config))
+        tq, tk = q.shape[2], k.shape[2]
+        blocks = -(-tq // self.config.block_q), -(-tk // self.config.block_k)
+        return _with_window(self.config, torch.ones(1, 1, *blocks, dtype=torch.bool, device=q.device), tq, tk)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """[B, Hq, T, D]."""
-        return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
+        # The kernel for a GPU multiplies 16 keys at least, so smaller blocks are gathered there.
+        way = "gather" if q.is_cuda and min(mask.block_size) < 16 else "auto"
+        return block_sparse_attention(q, k, v, mask, implementation=way)  # type: ignore[return-value]
 
     def decode(self, q1: Tensor, cache: KVCache, state: Search) -> Tensor:
         """[B, Hq, 1, D] of the newest token, whose key and value are in the cache; every `refresh` steps it searches again
         and writes the result to `state`, in between it attends to what was found then."""
         length, config = cache.shape[2], self.config
+        if self.dense:
+            every = torch.arange(length, device=q1.device).expand(*q1.shape[:2], 1, -1)
+            return decode_attention(q1, cache, IndexMask(index=every, kv_len=length))  # type: ignore[return-value]
         if state.blocks is None or state.age >= config.refresh:
             state.blocks, state.age = self._search(q1, cache), 0
         state.age += 1
@@ -216,7 +250,7 @@ class HiPAttention(AttentionLayer):
     def _search(self, q1: Tensor, cache: KVCache) -> Tensor:
         (b, hkv, length, d), hq = cache.shape, q1.shape[1]
 
-        def read(at: Tensor) -> Tensor:
+        def read(owner: Tensor, at: Tensor) -> Tensor:
             keys, _, rows = cache.rows(at.reshape(b, hkv, -1))
             found = keys.gather(2, rows.clamp_min(0)[..., None].expand(-1, -1, -1, d))
             return found.view(*at.shape, d)
@@ -237,5 +271,6 @@ METHOD = register(
         kind="prefill",
         make=HiPAttention,
         layer=lambda config, heads, kv_heads, width: HiPAttention(config),
+        planned=lambda config, plan, place: HiPAttention(config, layer=place.index),
     )
 )

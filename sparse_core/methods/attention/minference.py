@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from sparse_core.attention.column_attention import column_block_attention
 from sparse_core.attention.estimators import MeanPool, vertical_slash_scores
 from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, ColumnBlockMask, causal
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, Place, register
 
 KINDS = {"a_shape": ("sink", "local"), "vertical_slash": ("vertical", "slash"), "block_sparse": ("top",)}
 
@@ -42,8 +42,9 @@ KINDS = {"a_shape": ("sink", "local"), "vertical_slash": ("vertical", "slash"), 
 class Config:
     """block: queries per block, and keys per block of block-sparse heads; slash_block: keys per block of slashes and
     windows; last_q queries vote; sink columns and local diagonals are forced; layers before starting_layer are dense;
-    share of the key blocks that heads without a plan keep; objective: what the search compares, outputs that are off by
-    more than tolerance, or the attention that is lost."""
+    pattern: a kind of `KINDS` for heads without a plan, by which they keep a share of the keys, more where slashes are
+    rounded up to blocks (a share of 0.25 is 0.6 of the pairs of 2000 random tokens); objective: what the search compares,
+    outputs that are off by more than tolerance, or the attention that is lost."""
 
     block: int = 64
     slash_block: int = 16
@@ -51,6 +52,7 @@ class Config:
     sink: int = 30
     local: int = 100
     starting_layer: int = 0
+    pattern: str = "vertical_slash"
     share: float = 0.25
     objective: Literal["output", "mass"] = "output"
     tolerance: float = 5e-3
@@ -67,6 +69,8 @@ class Config:
             raise ValueError(
                 f"share, tolerance: expected within (0, 1] and above 0, got {self.share}, {self.tolerance}"
             )
+        if self.pattern not in KINDS:
+            raise ValueError(f"pattern: expected one of {', '.join(KINDS)}, got {self.pattern!r}")
         if self.objective not in ("output", "mass"):
             raise ValueError(f"objective: expected 'output' or 'mass', got {self.objective!r}")
 
@@ -83,6 +87,8 @@ class Pattern:
             raise KeyError(f"pattern: expected one of {', '.join(KINDS)}, got {self.kind!r}")
         if len(self.sizes) != len(KINDS[self.kind]) or min(self.sizes) < 0 or max(self.sizes) < 1:
             raise ValueError(f"{self.kind}: expected {' and '.join(KINDS[self.kind])}, got {self.sizes}")
+        if not all(isinstance(size, int) for size in self.sizes):
+            raise ValueError(f"{self.kind}: expected whole sizes, got {self.sizes}")
 
     def scaled(self, largest: int) -> Pattern:
         """The same proportions with `largest` as the largest size."""
@@ -124,17 +130,29 @@ class HeadPlan:
     @classmethod
     def load(cls, path: str | Path) -> HeadPlan:
         """Read a plan. Raises ValueError naming the file where it is none, KeyError for a pattern that there is not."""
-
-        def rows(data: dict) -> tuple[list, str]:
-            return [(kind, (a, b), score) for kind, a, b, score in data["heads"].values()], data["model"]
-
-        heads, model = read_plan(path, "head plan", rows)
-        patterns = tuple(Pattern(kind, sizes[: len(KINDS.get(kind, ()))]) for kind, sizes, _ in heads)
-        return cls(patterns=patterns, scores=tuple(score for _, _, score in heads), model=model)
+        rows, model = read_plan(path, "head plan", _read_heads)
+        patterns = tuple(Pattern(kind, sizes) for kind, sizes, _ in rows)
+        return cls(patterns=patterns, scores=tuple(score for _, _, score in rows), model=model)
 
     def validate(self, model: nn.Module) -> None:
         """ValueError where the plan was made for another model."""
         check_model(self.model, model)
+
+
+def _read_heads(data: dict[str, Any]) -> tuple[list[tuple[str, tuple[int, ...], float]], str]:
+    """Kind, sizes and score of every head in order, and the model, of what `HeadPlan.save` wrote; an unknown kind is left
+    to `Pattern`."""
+    heads, rows = data["heads"], []
+    order = sorted(heads, key=int)
+    if not order or order != [str(head) for head in range(len(order))]:
+        raise ValueError(f"heads {', '.join(order) or 'none'} instead of 0, 1, ..")
+    for head in order:
+        kind, first, second, score = heads[head]
+        sizes = (first, second)[: len(KINDS.get(kind, ()))]
+        if kind in KINDS:
+            Pattern(kind, sizes)
+        rows.append((kind, sizes, float(score)))
+    return rows, data["model"]
 
 
 def vertical_slash_index(
@@ -217,7 +235,9 @@ def _top_blocks(q: Tensor, k: Tensor, top: int, grid: _Grid, is_causal: bool) ->
     block, fine = grid.size
     scores = MeanPool(block).score(q, k)
     if is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+        )
     return select.topk(scores, top).repeat_interleave(block // fine, -1)[..., : len(grid.j0)]
 
 
@@ -268,6 +288,7 @@ def search_patterns(
     Every candidate is scaled to `flops_budget` floating-point operations per head and sample, and run; of equal ones the
     earlier wins. Raises ValueError where no candidate can be made so small.
     """
+    _check_groups(q, k)
     settings, patterns, scores = config or Config(), [], []
     group = q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
@@ -290,6 +311,13 @@ def search_patterns(
     return HeadPlan(patterns=tuple(patterns), scores=tuple(scores), model=signed)
 
 
+def _check_groups(q: Tensor, k: Tensor) -> None:
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"heads: expected a multiple of the {k.shape[1]} key-value heads, got {q.shape[1]} query heads"
+        )
+
+
 def _run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, config: Config) -> tuple[Tensor, Tensor]:
     return column_block_attention(q, k, v, pattern_mask(q, k, [pattern], config), return_lse=True)  # type: ignore[return-value]
 
@@ -300,8 +328,31 @@ def _loss(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], config: Con
     return float(((ours[0] - exact[0]).abs() > config.tolerance).float().mean())
 
 
+def usual_pattern(config: Config, length: int) -> Pattern:
+    """What a head without a plan keeps of `length` tokens: the config's share of them, in the proportions that the paper's
+    code falls back to, or of their blocks."""
+    if config.pattern == "block_sparse":
+        return Pattern("block_sparse", (math.ceil(config.share * -(-length // config.block)),))
+    first, second = {"vertical_slash": (1000, 6096), "a_shape": (1024, 4096)}[config.pattern]
+    second = math.ceil(config.share * length * second / (first + second))
+    return Pattern(config.pattern, (max(0, math.ceil(config.share * length) - second), second))
+
+
+def _check_heads(plan: HeadPlan | None, heads: int) -> None:
+    if plan is not None and len(plan.patterns) != heads:
+        raise ValueError(
+            f"plan: expected one pattern for each of the {heads} heads, got {len(plan.patterns)}; search again"
+        )
+
+
+def _planned(config: Config, plan: HeadPlan | None, place: Place) -> MInferencePrefill:
+    _check_heads(plan, place.heads)
+    return MInferencePrefill(plan, config, layer=place.index)
+
+
 class MInferencePrefill(AttentionLayer):
-    """Prefill of a layer by its plan; without one every head is block-sparse with the config's share of key blocks.
+    """Prefill of a layer by its plan; without one every head has the config's pattern, vertical and slash unless said
+    otherwise, as in the paper's code.
 
     layer: the place of this layer in its model, for `starting_layer`. The index is found anew for every prompt.
     """
@@ -320,14 +371,8 @@ class MInferencePrefill(AttentionLayer):
             raise ValueError(
                 f"k: expected as many keys as the {length} queries of a prompt, got {k.shape[2]}"
             )
-        if heads % k.shape[1]:
-            raise ValueError(
-                f"heads: expected a multiple of the {k.shape[1]} key-value heads, got {heads} query heads"
-            )
-        if self.plan is not None and len(self.plan.patterns) != heads:
-            raise ValueError(
-                f"plan: expected one pattern for each of the {heads} heads, got {len(self.plan.patterns)}; search again"
-            )
+        _check_groups(q, k)
+        _check_heads(self.plan, heads)
         return pattern_mask(q, k, self._patterns(heads, length), self.config)
 
     def _patterns(self, heads: int, length: int) -> tuple[Pattern, ...]:
@@ -335,8 +380,7 @@ class MInferencePrefill(AttentionLayer):
             return (Pattern("a_shape", (length, length)),) * heads
         if self.plan is not None:
             return self.plan.patterns
-        top = math.ceil(self.config.share * -(-length // self.config.block))
-        return (Pattern("block_sparse", (top,)),) * heads
+        return (usual_pattern(self.config, length),) * heads
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: ColumnBlockMask) -> Tensor:
         """[B, Hq, T, D]."""
@@ -352,5 +396,9 @@ METHOD = register(
         kind="prefill",
         make=lambda config, plan=None, **options: MInferencePrefill(plan, config, **options),
         layer=lambda config, heads, kv_heads, width: MInferencePrefill(None, config),
+        needs=("search",),
+        without="vertical and slash in every head, share of the keys",
+        plan=HeadPlan,
+        planned=_planned,
     )
 )

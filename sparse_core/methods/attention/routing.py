@@ -38,16 +38,17 @@ from sparse_core.attention.layer import AttentionLayer
 from sparse_core.attention.masks import BlockMask, ClusterMask, window_mask
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.segment_attention import segment_attention
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """num_clusters: about sqrt(T) of the first batch when None; window: tokens per cluster, T / num_clusters, rounded up,
     when None (the paper's sequences of 8192 tokens have 16 clusters of 512); local_heads: half of them when None;
-    local_window: tokens that a local head sees at most, the window when None; strict: error where num_clusters does not
-    divide T; auto_update: a layer moves its centroids in every forward pass of training, which gradient checkpointing
-    would do twice: there, set False and call `update_centroids` after each step."""
+    local_window: tokens that a local head sees at most, the window when None, two blocks of a power of two of 16 or more;
+    strict: error where num_clusters does not divide T; skip_first: so many first layers of a model have local heads alone;
+    auto_update: a layer moves its centroids in every forward pass of training, which
+    gradient checkpointing would do twice: there, set False and call `update_centroids` after each step."""
 
     num_clusters: int | None = None
     window: int | None = None
@@ -59,6 +60,7 @@ class Config:
     decay: float = 0.999
     commitment: float = 1e-4
     strict: bool = False
+    skip_first: int = 0
     auto_update: bool = True
     seed: int = 0
 
@@ -67,6 +69,8 @@ class Config:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        if self.skip_first < 0:
+            raise ValueError(f"skip_first: expected 0 layers or more, got {self.skip_first}")
         if not 0 <= self.decay < 1 or self.commitment < 0:
             raise ValueError(
                 f"decay, commitment: expected 0 <= decay < 1 and 0 or more, got {self.decay} and {self.commitment}"
@@ -116,10 +120,11 @@ class RoutingAttention(nn.Module):
         commitment: float = 1e-4, **options: object,
     ):  # fmt: skip
         super().__init__()
-        self.config = config = Config(
-            num_clusters=num_clusters, window=window, local_heads=local_heads, causal=causal, shared_qk=shared_qk,
-            decay=decay, commitment=commitment, **options,  # type: ignore[arg-type]
-        )  # fmt: skip
+        given = {
+            "num_clusters": num_clusters, "window": window, "local_heads": local_heads, "causal": causal,
+            "shared_qk": shared_qk, "decay": decay, "commitment": commitment,
+        }  # fmt: skip
+        self.config = config = configure(Config, {**given, **options})
         self.num_heads, self.local_heads = num_heads, num_heads // 2 if local_heads is None else local_heads
         if not 0 <= self.local_heads < num_heads:
             raise ValueError(
@@ -152,7 +157,7 @@ class RoutingAttention(nn.Module):
         self._check_length(q.shape[2])
         if self.training and not self.router.initialised:
             self._begin(groups, there)
-        size = min(q.shape[2], self.config.window or -(-q.shape[2] // self.router.clusters(q.shape[2])))
+        size = self._size(q.shape[2])
         with torch.no_grad():
             affinity = [self.router.affinity(r) for r in groups]
             assigned = [x.argmax(-1) for x in affinity]
@@ -184,6 +189,14 @@ class RoutingAttention(nn.Module):
         q1, k1, v1 = (_heads(x, self.num_heads, 0, first) for x in (q, k, v))
         local: Tensor = block_sparse_attention(q1, k1, v1, mask.local)  # type: ignore[assignment]
         return torch.cat([local, routed], 1)
+
+    def window(self, q: Tensor) -> BlockMask:
+        """What a local head looks at."""
+        return self._window(q, self._size(q.shape[2]), None)
+
+    def _size(self, length: int) -> int:
+        """Tokens of a cluster."""
+        return min(length, self.config.window or -(-length // self.router.clusters(length)))
 
     def init_centroids(self, x: Tensor) -> None:
         """Lloyd's algorithm over queries, or queries and keys, x [B, Hq, T, D]; without it, the first batch in training
@@ -288,23 +301,30 @@ def _load(assigned: list[Tensor], count: int, there: Tensor | None) -> Tensor:
 
 
 class RoutingLayer(AttentionLayer):
-    """`RoutingAttention` as a layer: the mask says who is in which cluster."""
+    """`RoutingAttention` as a layer: the mask says who is in which cluster. layer: its place in the model, for
+    `skip_first`; the layers that do not route have a window, and nothing to learn."""
 
-    def __init__(self, config: Config, num_heads: int, head_dim: int):
+    def __init__(self, config: Config, num_heads: int, head_dim: int, *, layer: int | None = None):
         super().__init__()
+        self.routes = layer is None or layer >= config.skip_first
         self.config, self.routing = config, RoutingAttention(num_heads, head_dim, **vars(config))
         self._loss: Tensor | None = None
 
-    def mask(self, q: Tensor, k: Tensor, v: Tensor) -> RoutingMask:
-        """The clusters of these tokens. In training the centroids begin with the first batch; `auto_update` moves them."""
+    def mask(self, q: Tensor, k: Tensor, v: Tensor) -> RoutingMask | BlockMask:
+        """The clusters of these tokens. In training the centroids begin with the first batch; `auto_update` moves them.
+        Of a layer that does not route, a window."""
+        if not self.routes:
+            return self.routing.window(q)
         mask, aux = self.routing.route(q, k)
         self._loss = aux["commit_loss"] if self.training else None
         if self.training and self.config.auto_update:
             self.routing.update_centroids()
         return mask
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: RoutingMask) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: RoutingMask | BlockMask) -> Tensor:
         """[B, Hq, T, D]."""
+        if isinstance(mask, BlockMask):
+            return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
         return self.routing.attend(q, k, v, mask)
 
     def loss(self) -> Tensor | None:
@@ -321,6 +341,7 @@ METHOD = register(
         kind="train",
         make=lambda config, num_heads, head_dim: RoutingAttention(num_heads, head_dim, **vars(config)),
         layer=lambda config, heads, kv_heads, width: RoutingLayer(config, heads, width),
+        planned=lambda config, plan, place: RoutingLayer(config, place.heads, place.width, layer=place.index),
         needs=("training",),
     )
 )

@@ -10,12 +10,15 @@ and all query heads of a group share the pattern of their key-value head. Withou
 (max(0, |i - j| - l + 1) + h step + offset) mod v = 0: the paper's rule has no head offset there, without which every
 head would keep the same blocks.
 
-Fidelity: adapted. That offset is ours, and where the paper's kernels merge query tiles, ours cut blocks into tiles.
+Fidelity: adapted. That offset is ours, and where the paper's kernels merge query tiles, ours cut blocks into tiles. Packed
+sequences are attended to one after another, and decoding takes no padding.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +26,11 @@ from torch import Tensor
 
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.layer import AttentionLayer
-from sparse_core.attention.masks import BlockMask, IndexMask, causal
+from sparse_core.attention.masks import BlockMask, IndexMask
+from sparse_core.attention.masks import causal as causal_rule
 from sparse_core.kernels.block_attention import block_sparse_attention
 from sparse_core.kernels.gather_decode import decode_attention
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +55,20 @@ class Config:
 
 
 def local_stride_mask(
-    num_heads: int, seq_len: int, *, num_kv_heads: int | None = None, device: torch.device | str = "cpu",
-    active_head_range: tuple[int, int] | None = None, **config: object,
+    num_heads: int, seq_len: int, block: int = 64, local_blocks: int = 16, stride: int = 8,
+    num_kv_heads: int | None = None, num_dense_heads: int = 0, causal: bool = True, *,
+    device: torch.device | str = "cpu", active_head_range: tuple[int, int] | None = None, **config: object,
 ) -> BlockMask:  # fmt: skip
-    """The mask of `num_heads` query heads over `seq_len` tokens; keyword arguments are those of `Config`.
+    """The mask of `num_heads` query heads over `seq_len` tokens; what else is given are the other fields of `Config`.
 
     active_head_range: only these query heads, first and past the last, as a rank of a tensor-parallel model needs them.
     Warns where the heads together leave out blocks. Raises ValueError for head counts that do not divide.
     """
-    settings, kv_heads = Config(**config), num_kv_heads or num_heads  # type: ignore[arg-type]
+    given = {
+        "block": block, "local_blocks": local_blocks, "stride": stride, "num_dense_heads": num_dense_heads,
+        "causal": causal,
+    }  # fmt: skip
+    settings, kv_heads = configure(Config, {**given, **config}), num_kv_heads or num_heads
     kept = _shards(settings, kv_heads, -(-seq_len // settings.block), device)
     if num_heads % kv_heads:
         raise ValueError(f"num_heads: expected a multiple of the {kv_heads} key-value heads, got {num_heads}")
@@ -72,7 +81,7 @@ def local_stride_mask(
     diagonal = torch.eye(kept.shape[-1], dtype=torch.bool, device=kept.device)
     mask = BlockMask.from_dense_blocks(
         kept[None, first:last], full=kept[None, first:last] & ~diagonal if settings.causal else None,
-        rule=causal if settings.causal else None, block_size=settings.block, q_len=seq_len, kv_len=seq_len,
+        rule=causal_rule if settings.causal else None, block_size=settings.block, q_len=seq_len, kv_len=seq_len,
     )  # fmt: skip
     possible = (
         diagonal.new_ones(diagonal.shape).tril() if settings.causal else diagonal.new_ones(diagonal.shape)
@@ -89,10 +98,7 @@ def local_stride_mask(
 
 def _shards(config: Config, heads: int, blocks: int, device: torch.device | str) -> Tensor:
     """bool [H, K, K] of the key-value heads."""
-    if not 0 <= config.num_dense_heads <= heads:
-        raise ValueError(
-            f"num_dense_heads: expected 0 to the {heads} key-value heads, got {config.num_dense_heads}"
-        )
+    _check_heads(config, heads)
     i, j = torch.arange(blocks, device=device)[:, None], torch.arange(blocks, device=device)
     step = 0 if config.one_pattern else max(1, config.stride // heads)
     shift = torch.arange(heads, device=device)[:, None, None] * step + config.offset
@@ -101,6 +107,13 @@ def _shards(config: Config, heads: int, blocks: int, device: torch.device | str)
     kept = near | ((place + shift) % config.stride == 0)
     kept[heads - config.num_dense_heads :] = True
     return kept & (i >= j) if config.causal else kept
+
+
+def _check_heads(config: Config, heads: int) -> None:
+    if not 0 <= config.num_dense_heads <= heads:
+        raise ValueError(
+            f"num_dense_heads: expected 0 to the {heads} key-value heads, got {config.num_dense_heads}"
+        )
 
 
 def _check_causal(mask: BlockMask) -> None:
@@ -116,12 +129,18 @@ def _check_causal(mask: BlockMask) -> None:
         )
 
 
+def _roll(x: Tensor, places: Tensor) -> Tensor:
+    """Of x [B, H, T, D] the tokens at places [B, T], which go round."""
+    return x.gather(2, (places % x.shape[2])[:, None, :, None].expand(x.shape))
+
+
 class ShardedAttention(AttentionLayer):
     """Attention of q [B, Hq, T, D] over k, v [B, Hkv, T, D] under the sharded mask, for training, prefill and decoding."""
 
     def __init__(self, config: Config, num_heads: int, num_kv_heads: int | None = None):
         super().__init__()
         self.config, self.num_heads, self.num_kv_heads = config, num_heads, num_kv_heads or num_heads
+        _check_heads(config, self.num_kv_heads)
         self._masks: dict[tuple[int, str], BlockMask] = {}
 
     def mask(self, q: Tensor, k: Tensor, v: Tensor) -> BlockMask:
@@ -138,10 +157,44 @@ class ShardedAttention(AttentionLayer):
         return self._masks[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        """[B, Hq, T, D]. ValueError for a mask, made elsewhere, that looks ahead of a causal config."""
+        """[B, Hq, T, D]. With a causal config, a mask made elsewhere raises ValueError if it looks ahead, and is warned of
+        if it comes back to a block that it dropped, which a decoder has forgotten by then."""
         if self.config.causal and all(mask is not own for own in self._masks.values()):
             _check_causal(mask)
+            if not mask.kv_efficient():
+                warnings.warn(
+                    "mask: expected one that never needs a dropped block again, got one that does; no decoder can follow",
+                    stacklevel=2,
+                )
         return block_sparse_attention(q, k, v, mask)  # type: ignore[return-value]
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[B, Hq, T, D] of sequences of these lengths that lie one behind the other, none of which sees another."""
+        if min(lengths, default=0) < 1 or sum(lengths) != q.shape[2]:
+            raise ValueError(
+                f"lengths: expected at least 1 each and {q.shape[2]} in all, got {list(lengths)}; count the tokens"
+            )
+        ends = list(itertools.accumulate(lengths, initial=0))
+        parts = []
+        for first, last in itertools.pairwise(ends):
+            one, mask = slice(first, last), self.mask_of(last - first, q.device)
+            parts.append(self.attend(q[:, :, one], k[:, :, one], v[:, :, one], mask))
+        return torch.cat(parts, 2)
+
+    def attend_left_padded(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        """[B, Hq, T, D] of samples that begin with padding int64 [B] tokens which are not there. Blocks are counted from
+        the first token that is, as without padding; the others get 0."""
+        length, token = q.shape[2], torch.arange(q.shape[2], device=q.device)
+        if not self.config.causal:
+            raise ValueError("padding: expected a causal config, got one that looks ahead; set causal=True")
+        if padding.shape != q.shape[:1] or int(padding.min()) < 0 or int(padding.max()) > length:
+            raise ValueError(f"padding: expected {q.shape[0]} of 0 to {length}, got {padding.tolist()}")
+        shift = padding[:, None]
+        # Moved behind the tokens that are there, which never look ahead, padding is out of sight.
+        gone = (token >= length - shift)[:, None, :, None]
+        q, k, v = (_roll(x, token + shift).masked_fill(gone, 0) for x in (q, k, v))
+        out = _roll(self.attend(q, k, v, self.mask_of(length, q.device)), token - shift)
+        return out.masked_fill((token < shift)[:, None, :, None], 0)
 
     def decode(self, q1: Tensor, cache: KVCache) -> Tensor:
         """[B, Hq, 1, D] of the newest token, whose key and value are in the cache already; then the pages that no later

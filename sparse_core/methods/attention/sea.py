@@ -18,7 +18,7 @@ the CNN that the paper leaves open are ours. LoRA and logits of the whole model 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from sparse_core.attention.masks import TokenCSR
 from sparse_core.attention.performer import draw_projection, exp_features, linear_attention, relu_features
 from sparse_core.distill import fit, full_attention
 from sparse_core.kernels.csr_attention import csr_attention
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, configure, register
 
 OPEN = 3.0  # bias of the gates: a layer begins as little more than its sparse attention
 
@@ -77,7 +77,8 @@ class SEAAttention(nn.Module):
         causal: bool = False, **options: Any,
     ):  # fmt: skip
         super().__init__()
-        self.config = Config(pred_len=pred_len, k=k, nb_factor=nb_factor, causal=causal, **options)
+        given = {"pred_len": pred_len, "k": k, "nb_factor": nb_factor, "causal": causal}
+        self.config = configure(Config, {**given, **options})
         self.heads, self.head_dim = heads, head_dim
         self.encoder = nn.Sequential(
             nn.Linear(3 * head_dim, 2 * head_dim), nn.LayerNorm(2 * head_dim), nn.GELU()
@@ -315,15 +316,20 @@ class SEALayer(AttentionLayer):
 
 
 def distill(
-    model: nn.Module, loader: Iterable[tuple[Any, ...]], *, steps: int, lr: float = 1e-3, warm_up: int = 20,
+    model: nn.Module, loader: Iterable[tuple[Any, ...]], *, steps: int | None = None, lr: float = 1e-3, warm_up: int = 20,
     objective: Callable[[Any, tuple[Any, ...]], Tensor] | None = None,
 ) -> list[float]:  # fmt: skip
     """Train the SEA layers of a model, and nothing else of it, one step per batch of the model's arguments, as
     `sparse_core.distill.fit` does; returns the losses.
 
     A `SEAAttention` alone takes batches (q, k, v, teacher_attn). objective(output, batch): what is added to the sum of the
-    layers' losses, such as the divergence from a teacher's logits. Raises ValueError for a model without such layers.
+    layers' losses, such as the divergence from a teacher's logits. steps: once through the loader unless given, which it
+    must be where that has no length. Raises ValueError for a model without such layers.
     """
+    if steps is None:
+        if not isinstance(loader, Sized):
+            raise ValueError("steps: expected how many, or a loader with a length, got neither; pass steps")
+        steps = len(loader)
     layers: dict[SEAAttention, nn.Module] = {x: x for x in model.modules() if isinstance(x, SEAAttention)}
     layers |= {x.sea: x for x in model.modules() if isinstance(x, SEALayer)}
     if not layers:

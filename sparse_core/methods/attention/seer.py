@@ -11,6 +11,8 @@ row. Blocks above a threshold, or the best of every row, and the one on the diag
 For decoding (SeerAttention-R, arXiv 2506.08889) queries are not pooled (`q_pool=()`), all query heads of a group share a
 gate, and a cache keeps K_J; the newest block is always on and prefill is dense.
 
+The choice leaks when causal: a block's queries choose together, by their mean, so it depends on the later ones among them.
+
 Fidelity: adapted. A gate may look ahead, and an embedding of the diffusion step may be added to its pooled queries; the
 decoding gate learns from whole blocks alone, since its cache holds no others, and has no norms of its own.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,16 +103,18 @@ class SeerAttention(AttentionLayer):
 
     @torch.no_grad()
     def mask(self, q: Tensor, k: Tensor, v: Tensor, condition: Tensor | None = None) -> BlockMask:
-        """What the gate selects; with a gate for decoding everything."""
+        """What the gate selects; everything while `dense`, and with a gate for decoding."""
         config, length = self.config, q.shape[2]
-        if not config.q_pool:
-            blocks = -(-length // config.block)
-            seen = torch.ones(blocks, blocks, dtype=torch.bool, device=q.device).tril()
-            return BlockMask.from_dense_blocks(
-                seen, full=seen.tril(-1), rule=causal, block_size=config.block, q_len=length, kv_len=length
-            )
+        if self.dense or not config.q_pool:
+            return self._everything(length, q.device)
         rule: Any = {config.selection: config.amount}
         return self.gate.to_mask(self.gate(q, k, condition), length, dense_rows=config.dense_rows, **rule)
+
+    def _everything(self, length: int, device: torch.device) -> BlockMask:
+        blocks = -(-length // self.config.block)
+        seen = torch.ones(blocks, blocks, dtype=torch.bool, device=device)
+        make = partial(BlockMask.from_dense_blocks, block_size=self.config.block, q_len=length, kv_len=length)
+        return make(seen.tril(), full=seen.tril(-1), rule=causal) if self.config.causal else make(seen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """[B, Hq, T, D]. Raises ValueError for a mask of another block."""
@@ -124,22 +129,21 @@ class SeerAttention(AttentionLayer):
         places = torch.arange(q.shape[2], device=q.device)
         return rotate(q, places, self.config.rope), rotate(k, places, self.config.rope)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, condition: Tensor | None = None) -> Tensor:
-        """[B, Hq, T, D]."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, condition: Tensor | None = None, mask: BlockMask | None = None
+    ) -> Tensor:
+        """[B, Hq, T, D]; condition [B, C] where the gate has one; mask: one that `mask` made, instead of a new one."""
         given = None if condition is None else condition.detach()
         self._last = (q.detach(), k.detach(), given) if self.training else None
-        if self.dense:
-            return F.scaled_dot_product_attention(
-                *self._rotated(q, k), v, is_causal=self.config.causal, enable_gqa=True
-            )
-        return self.attend(q, k, v, self.mask(q, k, v, condition))
+        return self.attend(q, k, v, self.mask(q, k, v, condition) if mask is None else mask)
 
     def loss(self) -> Tensor | None:
         """The gate's loss on what the last forward pass in training saw. It costs as much as dense attention."""
         if self._last is None:
             return None
         q, k, condition = self._last
-        return gate_loss(self.gate(q, k, condition), gate_truth(self.gate, q, k))
+        with torch.autocast(q.device.type, enabled=False):  # the gate compares and normalises in float32
+            return gate_loss(self.gate(q, k, condition), gate_truth(self.gate, q, k))
 
     def decode(self, q1: Tensor, cache: KVCache) -> Tensor:
         """[B, Hq, 1, D] of the newest token, whose key and value are in the cache: with a gate for decoding over what it
@@ -251,5 +255,6 @@ METHOD = register(
         make=SeerAttention,
         layer=lambda config, heads, kv_heads, width: SeerAttention(config, heads, kv_heads, width),
         needs=("distillation",),
+        without="a gate at random; training with its loss distils it",
     )
 )

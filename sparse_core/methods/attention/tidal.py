@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse_core.attention.calibrate import attention_inputs
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels.gather_decode import decode_attention
@@ -26,7 +28,7 @@ from sparse_core.registry import Method, register
 class TidalSchedule:
     """full: layers that attend to everything; select: those that also choose `topk` positions for the layers after."""
 
-    num_layers: int = 32
+    num_layers: int = field(default=32, kw_only=False)
     full: tuple[int, ...] = (0, 1)
     select: tuple[int, ...] = (2, 13)
     topk: int = 256
@@ -34,7 +36,7 @@ class TidalSchedule:
     def __post_init__(self) -> None:
         if self.topk < 1:
             raise ValueError(f"topk: expected at least one position, got {self.topk}")
-        if not self.select or sorted(self.select) != list(self.select):
+        if not self.select or sorted(set(self.select)) != list(self.select):
             raise ValueError(f"select: expected at least one layer, in ascending order, got {self.select}")
         if not all(0 <= layer < self.num_layers for layer in (*self.full, *self.select)):
             raise ValueError(
@@ -49,7 +51,11 @@ class TidalSchedule:
 
 @dataclass
 class TidalState:
-    """What one step of decoding carries from layer to layer: positions [B, Hq, 1, n]. Make one per sequence."""
+    """What one step of decoding carries from layer to layer: positions [B, Hq, 1, n]. Make one per sequence or batch.
+
+    Samples of a batch end with the same token. What a shorter one lacks at its beginning its caches have given back
+    (`KVCache.evict`, with pages of one token at any place), and it keeps no more positions than it has tokens.
+    """
 
     schedule: TidalSchedule
     positions: IndexMask | None = field(default=None, repr=False)
@@ -93,24 +99,58 @@ def choose(scores: Tensor, topk: int) -> IndexMask:
     return IndexMask.from_topk(scores[:, :, None], topk, force=newest)
 
 
+Step = Sequence[tuple[Tensor, Tensor]]
+"""One step of decoding: the (q1 [B, Hq, 1, D], keys [B, Hkv, T, D]) of every layer."""
 Prefill = Callable[[int, int], Sequence[tuple[Tensor, Tensor]]]
 """Keys and values [B, H, n, D] of every layer for tokens first .. last, computed with dense attention."""
 
 
-def correct_cache(prefill: Prefill, caches: Sequence[KVCache], span: tuple[int, int]) -> None:
-    """Put densely computed keys and values of the tokens span[0] .. span[1] in place of those that sparse steps left."""
+def correct_cache(
+    model: nn.Module | Prefill, cache: KVCache | Sequence[KVCache], span: tuple[int, int], batch: Any = None
+) -> None:
+    """Put densely computed keys and values of tokens span[0] to before span[1] in place of those that sparse steps left.
+
+    model: a function of (first, last), or a module, dense, that is run on `batch`, all tokens so far. cache: those of all
+    layers, in the order of the model's attentions. Raises ValueError for a span or caches that do not fit, before anything
+    is written.
+    """
     first, last = span
-    if not 0 <= first < last <= caches[0].shape[2]:
-        raise ValueError(f"span: expected 0 <= first < last <= {caches[0].shape[2]}, got {first} and {last}")
-    for cache, (k, v) in zip(caches, prefill(first, last), strict=True):
-        cache.rewrite(first, k, v)
+    caches = [cache] if isinstance(cache, KVCache) else list(cache)
+    if not caches or not 0 <= first < last <= caches[0].shape[2]:
+        length = caches[0].shape[2] if caches else 0
+        raise ValueError(f"span: expected 0 <= first < last <= {length}, got {first} and {last}")
+    fresh = list(_prefill(model, batch)(first, last))
+    if len(fresh) != len(caches):
+        raise ValueError(f"cache: expected one for each of {len(fresh)} layers, got {len(caches)}")
+    for one, (k, v) in zip(caches, fresh, strict=True):
+        one.rewrite(first, k, v)
+
+
+def _prefill(model: nn.Module | Prefill, batch: Any) -> Prefill:
+    if not isinstance(model, nn.Module):
+        return model
+    if batch is None:
+        raise ValueError("batch: expected all tokens so far to run the model on, got none; pass them")
+    (inputs,) = attention_inputs(model, [batch])
+    return lambda first, last: [(k[:, :, first:last], v[:, :, first:last]) for _, k, v in inputs.values()]
 
 
 def choose_correction_layer(
-    steps: Iterable[Sequence[tuple[Tensor, Tensor]]], topk: int, select: int = 2
+    model: nn.Module | Iterable[Step], data: Iterable[Any] | None = None, topk: int = 256, select: int = 2
 ) -> int:
-    """The layer whose second choice keeps most attention: steps of decoding, each the (q1 [B, Hq, 1, D], keys
-    [B, Hkv, T, D]) of every layer. The lowest of equal ones."""
+    """The layer whose second choice keeps most attention, the lowest of equal ones.
+
+    model: a dense one, run on each batch of `data`, whose last token decodes; or, without data, such steps of decoding.
+    Raises ValueError for no steps, and where no layer is left above the selecting one.
+    """
+    if isinstance(model, nn.Module):
+        if data is None:
+            raise ValueError("data: expected batches to run the model on, got none; pass some texts")
+        steps: Iterable[Step] = (
+            [(q[:, :, -1:], k) for q, k, _ in inputs.values()] for inputs in attention_inputs(model, data)
+        )
+    else:
+        steps = model
     totals: Tensor | None = None
     for layers in steps:
         kept = _kept_by_source(layers, topk)

@@ -80,7 +80,7 @@ def scene(
         ),
         images=torch.from_numpy(images),
         depth=torch.from_numpy(depth),
-        segmentation=torch.from_numpy(ids),
+        body_ids=torch.from_numpy(ids),
         fps=10.0,
     )
 

@@ -34,7 +34,7 @@ def test_there_and_back(tmp_path, make_scene, moving):
     assert (again.images - views.images).abs().max() <= 0.5 / 255 + 1e-6
     assert (again.depth - views.depth).abs().max() <= 0.5e-3 + 1e-6
     assert torch.equal(again.confidence, views.confidence)
-    assert torch.equal(again.segmentation, views.segmentation)
+    assert torch.equal(again.body_ids, views.body_ids)
     assert torch.equal(again.provenance, views.provenance)
 
 

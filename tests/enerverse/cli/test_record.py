@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dataengine.episodes import DatasetWriteError, EpisodeWriter
+from dataengine.episodes import DatasetWriteError, EpisodeDataset, EpisodeWriter
 from enerverse.cli import record as verb
 from enerverse.cli.messages import command
 from enerverse.cli.record import Record, bound_settings, check_record, read_settings, recorded_task
@@ -48,6 +48,10 @@ def write_push(root):
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
         ({"noise": -1.0}, "noise: expected 0 or more, got -1.0"),
         ({"episodes": 0}, "episodes: expected at least 1, got 0"),
+        ({"ring": -1}, "ring: expected 0 or more cameras, got -1"),
+        ({"holdout_ring": -2}, "holdout_ring: expected 0 or more cameras, got -2"),
+        ({"ring": 4}, "ring: expected 0 as in the dataset in"),
+        ({"bodies": True}, "bodies: expected False as in the dataset in"),
     ],
 )
 def test_other_settings_are_refused(changes, sentence, tmp_path):
@@ -69,6 +73,30 @@ def test_a_dataset_without_settings_still_tells_its_task(tmp_path):
         check_record(Record(task="Lift", out=folder))
     assert read_settings(tmp_path / "none") == {}
     assert recorded_task(tmp_path / "none") == "TASK"
+
+
+def test_rings_and_bodies_are_recorded(tmp_path):
+    settings = Record(
+        task="Lift",
+        out=tmp_path / "d",
+        episodes=1,
+        cameras=("top",),
+        ring=2,
+        holdout_ring=1,
+        bodies=True,
+        image_size=16,
+    )
+    verb.record_task(settings)
+    dataset = EpisodeDataset(settings.out)
+    assert dataset.views == ("top", "ring_00", "ring_01", "holdout_00")
+    assert dataset.bodies[-1] == "cube"
+    episode = dataset.episode(0, 0, 2)
+    assert np.ptp(episode.cameras.camera_to_world, axis=0).max() == 0.0
+    placed = verb.free_cameras(settings)["holdout_00"].position
+    np.testing.assert_allclose(episode.cameras.camera_to_world[0, 3, :3, 3], placed, atol=1e-6)
+    assert episode.body_ids["holdout_00"].shape == (2, 16, 16)
+    assert read_settings(settings.out)["holdout_ring"] == 1
+    assert verb.views_in_words(settings) == "top, 2 on a ring, 1 held out"
 
 
 def test_a_refused_write_advises_the_same_command(tmp_path, monkeypatch):

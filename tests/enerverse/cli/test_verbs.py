@@ -1,5 +1,6 @@
 """Every verb end to end, on two episodes and two training steps."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -180,17 +181,19 @@ def test_methods_are_listed(call):
     said = call("sparse", "list")
     assert said.code == 0
     assert said.out.count("attention/") == 10
+    assert "search        vertical and slash in every head, share of the keys" in said.out
+    assert "distillation  a gate at random; training with its loss distils it" in said.out
     assert "attention/tidal            2410.05076  decode" in said.out
 
 
 def test_a_claim_is_measured(capfd):
     with pytest.raises(SystemExit) as left:
-        main(["sparse", "claim", "attention/hip", "--seeds", "1"])
+        main(["sparse", "claim", "hip", "--seeds", "1"])
     assert left.value.code == 0
     assert '"name": "attention/hip"' in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["s2", "hip", "routing", "sea"])
+@pytest.mark.parametrize("method", ["s2", "hip", "routing", "sea", "seer"])
 def test_a_world_model_trains_with_a_sparse_attention(trained, data, call, tmp_path, method):
     words = (
         "train",
@@ -209,3 +212,7 @@ def test_a_world_model_trains_with_a_sparse_attention(trained, data, call, tmp_p
     assert places
     assert all(part.filled for part in places)
     assert pipe.unet.config.attention == method
+    rows = [json.loads(line) for line in (tmp_path / "world" / "metrics.jsonl").read_text().splitlines()]
+    assert ("attention" in rows[-1]) == (
+        method in ("routing", "sea", "seer")
+    )  # which have a loss of their own

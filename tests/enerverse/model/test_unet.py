@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from enerverse.model import Conditions, VideoUNet
+from sparse_core import AttentionSlot
+from sparse_core.methods.attention.minference import HeadPlan, Pattern
+from sparse_core.sparsify import sum_losses
 
 
 def make_conditions(batch: int = 2, *, views: int = 2, actions: bool = True) -> Conditions:
@@ -135,3 +138,53 @@ def test_actions_are_told_to_the_future_frames_they_lead_to(make_unet, noisy):
         unet(noisy, TIME, replace(told, actions=actions))
     frames = ((seen[0] - seen[1]).abs() > 1e-6).any(-1)
     assert frames.tolist() == [[index >= 4 + 5 for index in range(12)]] * 2
+
+
+SEER = {"block": 4, "gate_dim": 8, "selection": "ratio", "amount": 0.3, "condition": 16}
+
+
+def test_gates_of_its_attention_learn_while_it_trains(make_unet, noisy):
+    unet, told = (
+        make_unet(attention="seer", attention_places="views", attention_options=SEER).train(),
+        make_conditions(),
+    )
+    slots = [part for part in unet.modules() if isinstance(part, AttentionSlot) and part.filled]
+    gates = [part.layer.gate for part in slots]
+    optimizer, losses = torch.optim.Adam([p for gate in gates for p in gate.parameters()], lr=1e-2), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        unet(noisy, TIME, told).square().mean().backward()
+        assert all(p.grad is None or not p.grad.any() for gate in gates for p in gate.parameters())
+        loss = sum_losses([slot.layer for slot in slots])
+        loss.backward()
+        assert all(p.grad.abs().sum() > 0 for gate in gates for p in gate.parameters())  # the condition's too
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert len(slots) == 3
+
+
+def test_the_condition_of_a_gate_is_the_embedding(make_unet):
+    with pytest.raises(
+        ValueError, match="condition: expected 0 or 16 channels, as this attention is told, got 8"
+    ):
+        make_unet(attention="seer", attention_places="views", attention_options={**SEER, "condition": 8})
+    with pytest.raises(ValueError, match="condition: expected 0, as this attention is told none, got 16"):
+        make_unet(attention="seer", attention_places="time", attention_options=SEER)
+
+
+def test_a_plan_by_its_path_goes_into_a_unet_and_is_missed_where_it_is_gone(make_unet, noisy, tmp_path):
+    heads = HeadPlan(patterns=(Pattern("block_sparse", (2,)),) * 2, scores=(0.0, 0.0))
+    path = heads.save(tmp_path / "plan.json")
+    options = {"block": 4, "slash_block": 4, "plan": str(path)}
+    unet = make_unet(attention="minference", attention_places="views", attention_options=options)
+    unet.save_pretrained(tmp_path / "unet")
+    loaded = VideoUNet.from_pretrained(tmp_path / "unet").eval()
+    told = make_conditions()
+    torch.testing.assert_close(loaded(noisy, TIME, told), unet(noisy, TIME, told))
+    assert all(
+        part.layer.plan == heads for name, part in loaded.named_modules() if name.endswith("views.slot")
+    )
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"plan: expected a file, found none at .*plan.json"):
+        VideoUNet.from_pretrained(tmp_path / "unet")

@@ -192,3 +192,14 @@ def test_fields_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="mask: expected one for 49 queries and 37 keys, got 50 and 37"):
         q, k, v = (x.detach() for x in draw_tokens())
         column_block_attention(q[:, :, :49], k, v, mask)
+
+
+def test_a_mask_that_is_there_already_stays_what_it_is():
+    blocks = BlockMask.from_rule(causal, q_len=50, kv_len=37, block_size=(16, 8))
+    mask = ColumnBlockMask.from_columns(blocks, torch.tensor([[[3, 20, 36]]]))
+    loose = mask.loose()
+    assert mask.to(mask.columns.device) is mask
+    assert mask.to("cpu").loose() is loose
+    moved = mask.to("meta")
+    assert (moved.columns.device.type, moved.blocks.kv_num.device.type) == ("meta", "meta")
+    assert not moved._loose

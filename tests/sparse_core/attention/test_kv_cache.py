@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core.attention.kv_cache import KVCache
 from sparse_core.attention.masks import IndexMask
@@ -74,6 +75,66 @@ def test_a_head_that_forgets_needs_constant_memory():
         seen.append(cache.bytes)
     assert seen[-1] == seen[50]
     assert cache.keys[0, 0, -12:, 0].tolist() == list(range(188, 200))
+
+
+class Operations(TorchDispatchMode):
+    """How many operations torch was asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_prefill_of_single_token_pages_opens_them_together_and_the_next_token_adds_an_eighth():
+    k, v = (torch.zeros(1, 2, 2**15, 8) for _ in range(2))
+    cache = KVCache(1, 2, 8, page=1)
+    with Operations() as done:
+        cache.append(k, v)
+    assert done.count < 100  # page by page it were some for each of 32,768
+    exact = 2 * k.numel() * k.element_size()
+    assert cache.bytes == exact
+    cache.append(k[:, :, :1], v[:, :, :1])
+    assert cache.bytes == exact * 9 // 8
+    sizes = []
+    for _ in range(40):
+        cache.append(k[:, :, :1000], v[:, :, :1000])
+        sizes.append(cache.bytes / (exact * cache.shape[2] / 2**15))
+    assert max(sizes) <= 9 / 8 + 1e-3
+
+
+def test_heads_that_gave_back_different_pages_take_their_own_free_ones():
+    k, v = draw(32)
+    cache = fill(k, v, (32,), page=4)
+    pages = torch.zeros(2, 2, 8, dtype=torch.bool)
+    pages[0, 0, :3], pages[0, 1, 5], pages[1, 0, [0, 6]] = True, True, True
+    cache.evict(pages)
+    before = cache.bytes
+    later = draw(23, seed=1)
+    cache.append(*later)
+    held = ~pages.repeat_interleave(4, 2)[..., None]
+    assert torch.equal(cache.keys, torch.cat([k * held, later[0]], 2))
+    assert torch.equal(cache.values, torch.cat([v * held, later[1]], 2))
+    assert before < cache.bytes <= before * (32 + 24) / 32
+
+
+def test_a_side_cache_that_refuses_leaves_everything_as_it_was():
+    k, v = draw(6)
+    cache = KVCache(2, 2, 8, page=4)
+
+    def positive(k, v):
+        if (k == 7).any():
+            raise ValueError("no sevens")
+        return k[..., :1]
+
+    cache.keep_beside("first", positive)
+    cache.append(k, v)
+    before = cache.bytes
+    with pytest.raises(ValueError, match="no sevens"):
+        cache.append(torch.full((2, 2, 40, 8), 7.0), torch.zeros(2, 2, 40, 8))
+    assert (cache.bytes, cache.shape[2]) == (before, 6)
+    assert torch.equal(cache.side("first"), k[..., :1])
 
 
 def test_evicted_keys_are_absent_in_decoding():

@@ -1,12 +1,18 @@
 """Block masks: every way to make one, every operation, against masks of single tokens."""
 
+import pickle
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_core.attention.masks import BlockMask, causal
+from sparse_core.attention.layout import Layout3D
+from sparse_core.attention.masks import BlockMask, IndexMask, causal, patterns
 from sparse_core.kernels.block_attention import block_sparse_attention
 
 LENGTHS = {"block_size": (16, 8), "q_len": 50, "kv_len": 37}  # 4 x 5 blocks, both ragged
@@ -134,6 +140,37 @@ def test_the_transpose_exchanges_queries_and_keys(rule):
     assert mask.transpose().block_size == (8, 16)
 
 
+def test_the_transpose_and_its_lists_are_made_once(monkeypatch):
+    mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=causal, **LENGTHS)
+    across, rows = mask.transpose(), mask.transpose().rows
+    monkeypatch.setattr(BlockMask, "from_dense_blocks", None)
+    assert mask.transpose() is across
+    assert all(a is b for a, b in zip(mask.transpose().rows, rows, strict=True))
+    assert torch.equal(pickle.loads(pickle.dumps(mask)).transpose().to_token_mask(), across.to_token_mask())
+
+
+def test_a_mask_that_is_there_already_stays_what_it_is():
+    mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=causal, **LENGTHS)
+    rows, across = mask.rows, mask.transpose()
+    assert mask.to(mask.kv_num.device) is mask
+    assert mask.to("cpu") is mask
+    assert mask.to("cpu").rows is rows
+    moved = mask.to("meta")
+    assert {x.device.type for x in (moved.kv_num, moved.kv_idx, moved.full_kv_num, moved.full_kv_idx)} == {
+        "meta"
+    }
+    assert not {"rows", "_transposed", "tiles"} & set(vars(moved))
+    assert mask.transpose() is across
+
+
+def test_what_a_mask_is_made_of_cannot_be_exchanged():
+    """What it has worked out would no longer be true."""
+    mask = BlockMask.from_dense_blocks(draw_blocks(3), rule=causal, **LENGTHS)
+    for name in ("kv_num", "kv_idx", "full_kv_num", "full_kv_idx", "block_size", "q_len", "kv_len", "rule"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(mask, name, getattr(mask, name))
+
+
 @pytest.mark.parametrize("rule", [None, causal, near])
 def test_pairs_and_density_count_tokens(rule):
     mask = BlockMask.from_dense_blocks(draw_blocks(5), rule=rule, **LENGTHS)
@@ -238,3 +275,134 @@ def test_a_rule_may_look_into_a_table():
     keep = torch.rand(37, 50, generator=torch.Generator().manual_seed(0)) < 0.3
     mask = BlockMask.from_rule(lambda b, h, i, j: keep[i, j], q_len=37, kv_len=50, block_size=16)
     assert torch.equal(mask.to_token_mask()[0, 0], keep)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return result
+
+
+def documents(b, h, i, j):
+    return (i // 700 == j // 700) & (i >= j)
+
+
+@pytest.mark.parametrize("rule", [causal, documents])
+def test_no_tensor_of_all_pairs_is_made_for_a_rule(rule):
+    """8192 tokens: 64 MiB in bytes. What is held at once stays the same however many there are."""
+    with Largest() as largest:
+        mask = BlockMask.from_rule(rule, q_len=8192, kv_len=8192)
+        mask.pairs()
+    assert largest.bytes < 17 * 2**20
+    with Largest() as few:
+        BlockMask.from_rule(rule, q_len=4096, kv_len=4096).pairs()
+    assert few.bytes == largest.bytes
+    length = torch.arange(8192)
+    assert mask.pairs().item() == (length - (length // 700 * 700 if rule is documents else 0) + 1).sum()
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(1, 1), (1, 2), (2, 16), (8, 4), (16, 32)]))
+@settings(max_examples=20, deadline=None)
+def test_patterns_come_back_whatever_the_block(seed, block_size):
+    table = torch.rand(50, 37, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask = BlockMask.from_rule(lambda b, h, i, j: table[i, j], block_size=block_size, q_len=50, kv_len=37)
+    tiles, which = mask.tiles
+    assert len(which) == mask.partial_blocks.sum()
+    assert len(tiles.flatten(1).unique(dim=0)) == len(tiles)
+    (bq, bk), found = block_size, torch.zeros(50 + 32, 37 + 32, dtype=torch.bool)
+    for (_, _, row, column), pattern in zip(
+        mask.partial_blocks.nonzero().tolist(), which.tolist(), strict=True
+    ):
+        found[row * bq : (row + 1) * bq, column * bk : (column + 1) * bk] = tiles[pattern]
+    whole = mask.full_blocks[0, 0].repeat_interleave(bq, 0).repeat_interleave(bk, 1)[:50, :37]
+    assert not found[50:].any()
+    assert not found[:, 37:].any()
+    assert torch.equal(found[:50, :37] | whole, table)
+
+
+def test_rows_of_one_number_are_still_told_apart(monkeypatch):
+    """Patterns are sorted by a number each; here it is the same for all."""
+    monkeypatch.setattr(torch, "randint", lambda high, size, **options: torch.full(size, -1) // 2)
+    words = torch.tensor([[3, 5], [5, 3], [3, 5], [0, 0]])
+    unique, which = patterns._unique(words)
+    assert torch.equal(unique[which], words)
+    assert len(unique) == 3
+
+
+def test_a_mask_of_one_head_is_that_of_the_first_in_every_implementation():
+    """Its rule reads the sample and the head, which the mask has one of."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=generator) for n in (50, 37, 37))
+    mask = BlockMask.from_rule(lambda b, h, i, j: (i - j).abs() % (h + 2 * b + 2) == 0, **LENGTHS)
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to_token_mask())
+    for name in ("reference", "numba", "gather"):
+        ours = block_sparse_attention(q, k, v, mask, implementation=name)
+        torch.testing.assert_close(ours, exact, atol=2e-6, rtol=1e-5)
+    theirs = flex_attention(q, k, v, block_mask=mask.to_torch())
+    torch.testing.assert_close(theirs, exact, atol=2e-6, rtol=1e-5)
+    both = mask & BlockMask.from_dense_blocks(torch.ones(2, 3, 4, 5, dtype=torch.bool), **LENGTHS)
+    assert torch.equal(both.to_token_mask(), mask.to_token_mask().expand(2, 3, -1, -1))
+
+
+@pytest.mark.parametrize("answer", [True, torch.tensor(True), torch.ones(1, dtype=torch.long)])
+def test_a_rule_may_say_the_same_of_everything(answer):
+    assert BlockMask.from_rule(lambda b, h, i, j: answer, **LENGTHS).full_blocks.all()
+
+
+MISTAKES = {
+    "blocks: expected bool, got torch.float32; compare scores": lambda: BlockMask.from_dense_blocks(
+        torch.ones(4, 5), **LENGTHS
+    ),
+    "full: expected bool, got torch.int64": lambda: BlockMask.from_dense_blocks(
+        draw_blocks(0), full=torch.ones(4, 5, dtype=torch.long), **LENGTHS
+    ),
+    "block_size: expected powers of two, got 16.0": lambda: BlockMask.from_dense_blocks(
+        draw_blocks(0), **(LENGTHS | {"block_size": 16.0})
+    ),
+    r"force: expected bool that broadcasts to scores \[4, 5\], got torch.bool \[3, 3\]": lambda: BlockMask.from_topk(
+        torch.rand(4, 5), 1, force=torch.ones(3, 3, dtype=torch.bool), **LENGTHS
+    ),
+    r"force: expected bool that broadcasts to scores \[4, 5\], got torch.float32": lambda: BlockMask.from_topk(
+        torch.rand(4, 5), 1, force=torch.ones(4, 5), **LENGTHS
+    ),
+    "offsets: expected numbers that rise from 0 to the 2 columns": lambda: BlockMask.from_csr(
+        torch.tensor([0, 3, 1, 2, 2]), torch.tensor([0, 1]), **LENGTHS
+    ),
+    r"masks: expected equal samples and heads, or 1, got \(1, 2\) and \(1, 3\)": lambda: (
+        BlockMask.from_dense_blocks(draw_blocks(0), **LENGTHS)
+        & BlockMask.from_dense_blocks(draw_blocks(0, heads=3), **LENGTHS)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", MISTAKES)
+def test_mistakes_are_named(sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MISTAKES[sentence]()
+
+
+def test_a_mask_combines_with_masks_only():
+    with pytest.raises(TypeError, match="masks: expected two of BlockMask, got one and Tensor"):
+        BlockMask.from_rule(causal, **LENGTHS) | torch.ones(4, 5)
+
+
+def test_a_key_that_a_query_names_twice_counts_once():
+    mask = IndexMask(index=torch.tensor([[[[5, -1, 5, 2], [0, 1, 2, 3], [3, 3, 3, -1]]]]), kv_len=6)
+    assert mask.index[0, 0].tolist() == [[5, -1, -1, 2], [0, 1, 2, 3], [3, -1, -1, -1]]
+    assert mask.density() == pytest.approx(7 / 18)
+    pages = IndexMask.from_pages(torch.tensor([[[[1, 0, 1]]]]), 4, 6)
+    assert pages.index.flatten().tolist() == [4, 5, -1, -1, 0, 1, 2, 3, -1, -1, -1, -1]
+    with pytest.raises(ValueError, match=r"index: expected integers, got torch.float32"):
+        IndexMask(index=torch.zeros(1, 1, 1, 1), kv_len=6)
+
+
+def test_a_layout_has_no_tiles_for_no_tokens():
+    with pytest.raises(ValueError, match="block: expected at least 1 token, got 0"):
+        Layout3D(frames=2, height=4, width=4).fit(0)

@@ -83,3 +83,9 @@ def test_other_types_are_refused():
         TokenCSR.from_cells(torch.ones(2, 3), torch.ones(2).long(), 4)
     with pytest.raises(ValueError, match="lengths: expected 0 to the 4 keys, got 1 to 5"):
         TokenCSR.from_cells(torch.ones(1, 1, 2, 3, dtype=torch.bool), torch.tensor([1, 5]), 4)
+
+
+def test_a_mask_that_is_there_already_stays_what_it_is():
+    csr = TokenCSR.from_token_mask(random_mask())
+    assert csr.to(csr.col.device) is csr
+    assert csr.to("cpu") is csr

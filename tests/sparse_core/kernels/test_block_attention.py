@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_core import counters
-from sparse_core.attention.masks import BlockMask, causal
+from sparse_core.attention.masks import BlockMask, IndexMask, TokenCSR, causal
 from sparse_core.kernels.block_attention import block_sparse_attention
 
 FAST = ("numba", "gather")
@@ -164,6 +164,19 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("logit", [1e3, 1e5, 1e6])
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_large_equal_scores_share_the_values(implementation, logit):
+    """float32 knows the log-sum-exp of such scores to 0.03 at most; weights must not come from it."""
+    _, _, v = draw((1, 1, 64, 64), (1, 1, 64, 64))
+    q, k = torch.ones(1, 1, 64, 64, requires_grad=True), torch.full((1, 1, 64, 64), logit / 8)
+    mask = random_mask(64, 64, 64, 2.0)
+    out = block_sparse_attention(q, k.requires_grad_(), v, mask, implementation=implementation)
+    out.sum().backward()
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(v.grad, torch.ones_like(v), atol=1e-5, rtol=0)
+
+
 def test_several_threads_give_what_one_gives(monkeypatch):
     results = []
     for threads in ("1", "3"):
@@ -209,6 +222,12 @@ REFUSED = {
     "mask: expected 1 or 1 samples and 1 or 2 heads, got 1 and 3": lambda q, k, v, m: (
         q, k, v, random_mask(64, 64, 64, 1.0, heads=3),
     ),
+    r"k, v: expected at least one head and one channel, got 0 and 16 in \[1, 0, 64, 16\]": lambda q, k, v, m: (
+        q, k[:, :0], v[:, :0], m,
+    ),
+    "k, v: expected at least one head and one channel, got 2 and 0": lambda q, k, v, m: (
+        q[..., :0], k[..., :0], v[..., :0], m,
+    ),
     "q, k, v: expected one floating dtype": lambda q, k, v, m: (q, k.double(), v, m),
 }  # fmt: skip
 
@@ -220,10 +239,44 @@ def test_what_does_not_fit_is_refused(sentence):
         block_sparse_attention(*REFUSED[sentence](q, k, v, random_mask(64, 64, 64, 1.0)))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        torch.ones(64, 64, dtype=torch.bool),
+        IndexMask(index=torch.zeros(1, 1, 64, 1, dtype=torch.long), kv_len=64),
+        TokenCSR.from_token_mask(torch.ones(1, 1, 64, 64, dtype=torch.bool)),
+    ],
+    ids=lambda other: type(other).__name__,
+)
+def test_another_kind_of_mask_is_refused(other):
+    q, k, v = draw((1, 1, 64, 16), (1, 1, 64, 16))
+    with pytest.raises(TypeError, match=f"mask: expected a BlockMask, got {type(other).__name__}; .*attend"):
+        block_sparse_attention(q, k, v, other)
+    with pytest.raises(TypeError, match="q, k, v: expected tensors, got ndarray, Tensor, Tensor"):
+        block_sparse_attention(q.detach().numpy(), k, v, random_mask(64, 64, 64, 1.0))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_no_samples_give_no_samples(implementation):
+    inputs = draw((0, 2, 64, 16), (0, 2, 64, 16))
+    out = block_sparse_attention(*inputs, random_mask(64, 64, 32, 0.5), implementation=implementation)
+    assert out.shape == (0, 2, 64, 16)
+    out.sum().backward()
+    assert inputs[0].grad.shape == (0, 2, 64, 16)
+
+
 def test_an_unknown_implementation_is_refused():
     q, k, v = draw((1, 1, 64, 16), (1, 1, 64, 16))
     with pytest.raises(ValueError, match="implementation: expected auto or one of reference, numba"):
         block_sparse_attention(q, k, v, random_mask(64, 64, 64, 1.0), implementation="cuda")
+
+
+def test_triton_without_its_interpreter_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v = draw((1, 1, 64, 16), (1, 1, 64, 16))
+    with pytest.raises(ValueError, match="implementation: expected one for tensors on the cpu, got 'triton'"):
+        block_sparse_attention(q, k, v, random_mask(64, 64, 64, 1.0), implementation="triton")
 
 
 def test_the_triton_kernels_agree_in_the_interpreter():
@@ -231,4 +284,4 @@ def test_the_triton_kernels_agree_in_the_interpreter():
     program = Path(__file__).with_name("interpreted.py")
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("agrees:") == 8
+    assert done.stdout.count("agrees:") == 9

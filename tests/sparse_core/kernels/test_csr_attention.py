@@ -180,6 +180,36 @@ def test_what_does_not_fit_is_refused(sentence):
         csr_attention(*REFUSED[sentence](q, k, v, mask))
 
 
+def test_another_kind_of_mask_is_refused():
+    q = torch.zeros(1, 1, 4, 8)
+    blocks = TokenCSR.from_token_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool)).to_block_mask(4)
+    with pytest.raises(
+        TypeError, match="mask: expected a TokenCSR, got BlockMask; .*attend takes every kind"
+    ):
+        csr_attention(q, q, q, blocks)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "numba", "gather"])
+def test_no_samples_give_no_samples(implementation):
+    q = torch.zeros(0, 1, 4, 8, requires_grad=True)
+    mask = TokenCSR.from_token_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    out = csr_attention(q, q, q, mask, implementation=implementation)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 1, 4, 8)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "numba", "gather"])
+def test_large_equal_scores_share_the_values(implementation):
+    """float32 knows the log-sum-exp of such scores to 0.03 at most; weights must not come from it."""
+    v = torch.randn(1, 1, 32, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    q, k = torch.ones_like(v), torch.full_like(v, 1e6 / 8)
+    mask = TokenCSR.from_token_mask(torch.ones(1, 1, 32, 32, dtype=torch.bool))
+    out = csr_attention(q, k, v, mask, implementation=implementation)
+    out.sum().backward()
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(v.grad, torch.ones_like(v), atol=1e-5, rtol=0)
+
+
 def test_an_unknown_implementation_is_refused():
     (q, k, v), mask = draw("plain")
     with pytest.raises(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_core import counters
 from sparse_core.attention.merge import attend_part, merge_lse
@@ -17,6 +18,7 @@ VARIANTS = {
     "axial": {"variant": "axial", "grid": (4, 6)},
     "fixed both ways": {"segment": 5, "causal": False},
     "axial both ways": {"variant": "axial", "grid": (4, 6), "causal": False},
+    "axial rows": {"variant": "axial", "grid": (4, 6), "axial": "rows"},
 }
 
 
@@ -35,6 +37,8 @@ def regions(variant, i, length=LENGTH):
             if i >> level & 1:
                 found.append(list(range((i >> level << level) - 2**level, i >> level << level)))
         return [i], found
+    if config.get("axial") == "rows":
+        config = {"segment": config["grid"][1]}
     if config.get("variant") == "axial":
         rows, columns = config["grid"]
         r, c = divmod(i, columns)
@@ -80,7 +84,15 @@ def test_the_matrix_is_the_papers(variant):
     )
 
 
-@pytest.mark.parametrize(("pool", "function"), [("mean", torch.mean), ("sum", torch.sum)])
+def relu(pool):
+    return lambda x, dim: pool(x.relu(), dim)
+
+
+POOLED = {"mean": torch.mean, "sum": torch.sum, "relu-max": relu(torch.amax), "relu-mean": relu(torch.mean),
+          "relu-sum": relu(torch.sum)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pool", "function"), POOLED.items())
 def test_other_pools_and_the_count(pool, function):
     q, k, _ = draw()
     matrix = effective_attention(q, k, segment=5, pool=pool, log_count_bias=True)
@@ -105,6 +117,50 @@ def test_segments_of_one_token_or_of_all_are_dense_attention(segment):
     q, k, v = draw()
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(combiner_attention(q, k, v, segment=segment), exact, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mixture_is_half_by_columns_and_half_by_rows():
+    q, k, v = draw()
+    grid = {"variant": "axial", "grid": (4, 6)}
+    ours, columns, rows = (
+        combiner_attention(q, k, v, axial=x, **grid) for x in ("mixture", "columns", "rows")
+    )
+    assert torch.equal(ours[:, :2], columns[:, :2])
+    assert torch.equal(ours[:, 2:], rows[:, 2:])
+    assert not torch.allclose(columns, rows, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_is_seen_by_nobody_and_gets_0(variant):
+    q, k, v = draw()
+    hidden = torch.zeros(2, LENGTH, dtype=torch.bool)
+    hidden[0, [0, 3, 4, 20, 21, 22, 23]], hidden[1, 10:] = True, True
+    there = ~hidden[:, None, :, None]
+    eye = torch.eye(LENGTH).expand(2, 3, -1, -1)
+    matrix = combiner_attention(q, k, eye, key_padding_mask=hidden, **VARIANTS[variant])
+    torch.testing.assert_close(matrix.sum(-1, keepdim=True), there.float().expand(2, 3, -1, 1))
+    assert (matrix * ~there.mT == 0).all()
+    wanted = there & there.mT
+    if VARIANTS[variant].get("causal", True):
+        wanted = wanted & torch.ones(LENGTH, LENGTH).bool().tril()
+    assert (matrix[wanted.expand(2, 3, -1, -1)] > 0).all()
+    assert (matrix[~wanted.expand(2, 3, -1, -1)] == 0).all()
+    junk = [x.masked_fill(hidden[:, None, :, None], torch.nan).requires_grad_() for x in (q, k, v)]
+    out = combiner_attention(*junk, key_padding_mask=hidden, **VARIANTS[variant])
+    torch.testing.assert_close(out, matrix @ v, atol=1e-5, rtol=1e-4)
+    out.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in junk)
+
+
+@pytest.mark.parametrize("config", [{"segment": 5}, {"variant": "logsparse"}])
+def test_padding_at_the_end_changes_nothing_before_it(config):
+    q, k, v = draw()
+    hidden = (torch.arange(LENGTH) >= 17).expand(2, -1)
+    ours = Combiner(Config(**config)).attend(q, k, v, key_padding_mask=hidden)
+    alone = combiner_attention(*(x[:, :, :17] for x in (q, k, v)), **config)
+    torch.testing.assert_close(ours[:, :, :17], alone)
+    nobody = torch.ones(2, LENGTH, dtype=torch.bool)
+    assert (combiner_attention(q, k, v, key_padding_mask=nobody, **config) == 0).all()
 
 
 def test_equal_keys_weigh_what_they_should_with_the_count():
@@ -146,10 +202,14 @@ def test_gradients_are_finite_and_reach_everything(variant):
         assert (x.grad.abs().sum((0, 1, 3)) > 0).sum() >= LENGTH - 1
 
 
-def test_a_learned_pool_starts_as_the_mean_and_learns():
+@pytest.mark.parametrize(
+    ("pool", "plain"),
+    [("deepset", "mean"), ("deepset-max", "max"), ("deepset-mean", "mean"), ("deepset-sum", "sum")],
+)
+def test_a_learned_pool_starts_as_a_plain_one_and_learns(pool, plain):
     q, k, v = draw()
-    module = Combiner(Config(segment=5, pool="deepset"), 8)
-    torch.testing.assert_close(module(q, k, v), combiner_attention(q, k, v, segment=5, pool="mean"))
+    module = Combiner(Config(segment=5, pool=pool), 8)
+    torch.testing.assert_close(module(q, k, v), combiner_attention(q, k, v, segment=5, pool=plain))
     module(q, k, v).square().sum().backward()
     assert module.pools[1].outer.weight.grad.abs().sum() > 0
 
@@ -178,10 +238,19 @@ def test_cost_is_far_below_dense():
     q, k, v = (x[:1, :1] for x in draw(4096))
     with counters.count() as counter:
         combiner_attention(q, k, v)
-    assert counter.products == 4096 * (64 + 64)
+    assert counter.products == 4096 * (64 + 64 + 1)
     with counters.count() as counter:
         combiner_attention(q, k, v, variant="logsparse")
     assert counter.products < 4096 * 26
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "logsparse"])
+@pytest.mark.parametrize("length", [24, 22])
+def test_what_is_counted_is_what_is_multiplied(variant, length):
+    config = {**VARIANTS[variant], **({"grid": (length // 2, 2)} if "axial" in variant else {})}
+    with counters.count() as counter, FlopCounterMode(display=False) as meter:
+        combiner_attention(*draw(length), **config)
+    assert meter.get_total_flops() == 2 * counter.multiply_adds > 0
 
 
 def test_parts_merge_to_the_whole():
@@ -199,7 +268,12 @@ def test_parts_merge_to_the_whole():
     ("wrong", "sentence"),
     [
         ({"variant": "cubic"}, "variant: expected fixed, logsparse or axial, got 'cubic'"),
-        ({"pool": "min"}, "pool: expected max, mean, sum or deepset, got 'min'"),
+        ({"pool": "min"}, "pool: expected max, mean, sum, relu-max, .* deepset-sum, got 'min'"),
+        ({"axial": "rows and columns"}, "axial: expected columns, rows or mixture, got 'rows and columns'"),
+        (
+            {"key_padding_mask": torch.zeros(2, 3, dtype=torch.bool)},
+            r"key_padding_mask: expected bool \[2, 24\], got torch.bool \[2, 3\]",
+        ),
         ({"segment": 0}, "segment: expected at least one token, got 0"),
         ({"variant": "logsparse", "causal": False}, "variant: expected a causal logsparse"),
         ({"variant": "axial"}, "grid: expected rows times columns to be 24 tokens, got None"),
@@ -217,6 +291,13 @@ def test_parts_merge_to_the_whole():
 def test_bad_input_is_refused(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         combiner_attention(*draw(), **wrong)
+
+
+def test_sizes_may_be_given_in_order():
+    q, k, v = draw()
+    assert torch.equal(combiner_attention(q, k, v, "fixed", 5), combiner_attention(q, k, v, segment=5))
+    with pytest.raises(ValueError, match="unknown option 'segmnt': did you mean 'segment'"):
+        combiner_attention(q, k, v, segmnt=5)
 
 
 def test_shapes_that_differ_are_refused():

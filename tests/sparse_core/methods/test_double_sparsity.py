@@ -1,17 +1,24 @@
 """Double Sparsity: calibration, four-bit labels, what is chosen and read, plans on disk."""
 
+import re
+import threading
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from sparse_core import counters
+from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.layer import DenseAttention
+from sparse_core.attention.masks import IndexMask
 from sparse_core.kernels.label_scores import dequantise, quantise
 from sparse_core.methods.attention.double_sparsity import (
     ChannelPlan,
     Config,
     DoubleSparseCache,
     DoubleSparsity,
+    Prefetch,
     calibrate_channels,
     double_sparse_decode,
 )
@@ -132,6 +139,64 @@ def test_a_choice_made_earlier_may_be_used():
     assert not torch.allclose(ours, double_sparse_decode(q[:, :, -1:], cache, 40), atol=1e-4)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_keys_are_moved_one_layer_ahead_by_another_thread(offload, kv_heads, monkeypatch):
+    layers = [draw(kv_heads=kv_heads, seed=seed) for seed in range(4)]
+    plan = calibrate_channels([layers[0][:2]], 8)
+    caches = [fill(plan, k, v, offload=offload) for _, k, v in layers]
+    guesses, queries = ([q[:, :, at : at + 1] for q, _, _ in layers] for at in (LENGTH - 2, LENGTH - 1))
+    movers = []
+
+    def rows(cache, index):
+        movers.append((index.shape[2], threading.current_thread().name))
+        return KVCache.rows(cache, index)
+
+    monkeypatch.setattr(DoubleSparseCache, "rows", rows)
+    with Prefetch(caches, 40) as ahead:
+        ahead.start(0, guesses[0])
+        for layer, (q1, cache) in enumerate(zip(queries, caches, strict=True)):
+            if layer + 1 < len(caches):
+                ahead.start(layer + 1, guesses[layer + 1])
+            chosen = cache.select(guesses[layer], 40)
+            cache.append(*(x[:, :, :1] for x in layers[layer][1:]))  # the newest token comes after the start
+            newest = torch.full((1, 4, 1, 1), cache.length - 1)
+            wanted = IndexMask(index=torch.cat([chosen.index, newest], -1), kv_len=cache.length)
+            exact = double_sparse_decode(q1, cache, 40, wanted)
+            torch.testing.assert_close(ahead.decode(layer, q1), exact, atol=2e-6, rtol=1e-5)
+    moved = [name for count, name in movers if count == 40 * 4 // kv_heads]
+    assert len(moved) == 4
+    assert all(name.startswith("prefetch") for name in moved)
+
+
+def test_no_more_than_two_layers_are_under_way():
+    q, k, v = draw()
+    caches = [fill(calibrate_channels([(q, k)], 8), k, v) for _ in range(3)]
+    with Prefetch(caches, 16) as ahead:
+        with pytest.raises(
+            RuntimeError, match="decode: expected layer 1 to be on its way, got none; start it"
+        ):
+            ahead.decode(1, q[:, :, -1:])
+        for layer in (0, 1):
+            ahead.start(layer, q[:, :, -1:])
+        with pytest.raises(RuntimeError, match=r"start: expected at most two layers under way, got \[0, 1\]"):
+            ahead.start(2, q[:, :, -1:])
+
+
+def test_the_method_reads_every_field_of_its_config():
+    q, k, v = draw()
+    method = DoubleSparsity(Config(channels=5, label_bits=16, topk=40, dense_layers=0))
+    plan = method.calibrate([(q, k)])
+    assert plan.channels.shape == (4, 5)
+    cache = method.cache(plan)
+    cache.append(k, v)
+    assert (cache.label_bits, cache.labels.shape[-1]) == (16, 5)
+    expected = double_sparse_decode(q[:, :, -1:], cache, 40)
+    assert torch.equal(method.decode(0, q[:, :, -1:], cache), expected)
+    with pytest.raises(ValueError, match="plan: expected 5 channels per head, got 4; calibrate again"):
+        method.cache(calibrate_channels([(q, k)], 4))
+
+
 def test_early_layers_are_dense():
     q, k, v = draw()
     cache, method = (
@@ -180,7 +245,9 @@ def test_bad_input_is_refused():
         calibrate_channels([], 4)
     with pytest.raises(ValueError, match="label_bits: expected 4 or 16, got 8"):
         Config(label_bits=8)
-    plan = ChannelPlan(channels=torch.zeros(1, 2, dtype=torch.long), width=8)
+    with pytest.raises(ValueError, match="label_bits: expected 4 or 16, got 8"):
+        DoubleSparseCache(calibrate_channels([draw()[:2]], 4), label_bits=8)
+    plan = ChannelPlan(channels=torch.arange(2)[None], width=8)
     with pytest.raises(ValueError, match="cache: expected at least one token, got none; prefill it first"):
         DoubleSparseCache(plan).select(torch.zeros(1, 1, 1, 8), 4)
     with pytest.raises(
@@ -194,4 +261,70 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="topk: expected at least one key, got 0"):
         fill(calibrate_channels([draw()[:2]], 4), *draw()[1:]).select(torch.zeros(1, 4, 1, WIDTH), 0)
     with pytest.raises(ValueError, match=r"channels: expected \[H, r\] of 0 to 7, got"):
-        ChannelPlan(channels=torch.full((1, 2), 8), width=8)
+        ChannelPlan(channels=torch.tensor([[7, 8]]), width=8)
+    with pytest.raises(ValueError, match="channels: expected whole numbers, int64, got torch.float32"):
+        ChannelPlan(channels=torch.tensor([[0.5, 1.2]]), width=8)
+    with pytest.raises(ValueError, match=r"channels: expected each once per head, got \[\[1, 1\]\]"):
+        ChannelPlan(channels=torch.tensor([[1, 1]]), width=8)
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    q, k, _ = draw()
+    with pytest.raises(
+        ValueError, match=r"pairs: expected queries and keys of the same tokens, got \[1, 4, 512, 64\]"
+    ):
+        calibrate_channels([(q, k[:, :, :20])], 4)
+    with pytest.raises(
+        ValueError, match="pairs: expected keys of 4 heads and 64 channels in all, got 2 and 64"
+    ):
+        calibrate_channels([(q, k), draw(kv_heads=2)[:2]], 4)
+    for strange in (torch.nan, torch.inf):
+        q[0, 1, 3, 5] = strange
+        with pytest.raises(ValueError, match="pairs: expected finite queries and keys, got NaN or infinity"):
+            calibrate_channels([(q, k)], 4)
+
+
+@pytest.mark.parametrize("label_bits", [4, 16])
+@pytest.mark.parametrize("strange", [1e6, torch.nan])
+def test_keys_that_labels_cannot_hold_are_refused_and_leave_the_cache_as_it_was(label_bits, strange):
+    q, k, v = draw()
+    plan = calibrate_channels([(q, k)], 8)
+    cache = fill(plan, k, v, label_bits=label_bits)
+    before = cache.select(q[:, :, -1:], 30).index
+    for channel in plan.channels[0, :2].tolist():
+        k[0, 0, 0, channel] = strange
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"k: expected keys of at most 65504 in the plan's channels, got {strange:g}; scale"),
+    ):
+        cache.append(k[:, :, :3], v[:, :, :3])
+    assert cache.shape[2] == LENGTH
+    assert torch.equal(cache.select(q[:, :, -1:], 30).index, before)
+
+
+class Two(nn.Module):
+    """Two attentions, the second with twice as large keys in reversed channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = DenseAttention(), DenseAttention()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        q, k = batch
+        return self.first(q, k, k) + self.second(q.flip(-1), 2 * k.flip(-1), k)
+
+
+def test_a_model_gives_a_plan_for_each_of_its_attentions():
+    model, batches = Two(), [draw(kv_heads=2, seed=seed)[:2] for seed in range(2)]
+    plans = calibrate_channels(model, 5, batches=batches)
+    assert list(plans) == ["first", "second"]
+    alone = calibrate_channels(batches, 5).channels
+    assert torch.equal(plans["first"].channels, alone)
+    assert torch.equal(plans["second"].channels, WIDTH - 1 - alone)
+    for plan in plans.values():
+        plan.validate(model)
+    with pytest.raises(ValueError, match="batches: expected what to run the model on, got none"):
+        calibrate_channels(model, 5)
+    with pytest.raises(ValueError, match="batches: expected at least one, got none"):
+        calibrate_channels(model, 5, batches=[])

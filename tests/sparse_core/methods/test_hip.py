@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_core import counters
 from sparse_core.attention.kv_cache import KVCache
@@ -101,6 +102,50 @@ def test_a_block_that_stands_alone_is_looked_at_once():
     assert counter.products <= 1.05 * float((2 * budget * (ends / budget).log2()).sum())
 
 
+@pytest.mark.parametrize("config", [{}, {"causal": False}, {"q_stride": 2}, {"block_q": 1}])
+def test_what_is_counted_is_what_is_multiplied(config):
+    q, k, _ = draw(1000, 1000)
+    with counters.count() as counter, FlopCounterMode(display=False) as meter:
+        hip_mask(q, k, **{"budget": 64, "window": 0, "sink": 0, **config})
+    assert meter.get_total_flops() == 2 * counter.multiply_adds == 2 * 8 * counter.products > 0
+
+
+def test_rows_of_a_block_choose_together_which_leaks_unless_each_row_is_a_block():
+    changed = {}
+    for block_q in (16, 1):
+        q, k, _ = draw(100, 100)
+        config = {"budget": 16, "block_q": block_q, "window": 0, "sink": 0}
+        before = hip_mask(q, k, **config).to_token_mask()
+        q[:, :, 60:] += 3
+        changed[block_q] = (hip_mask(q, k, **config).to_token_mask() != before).any(-1)[0, 0]
+    assert changed[16][48:60].any()
+    assert not changed[16][:48].any()
+    assert not changed[1][:60].any()
+
+
+def test_the_first_layers_attend_to_everything():
+    q, k, v = draw(50, 50)
+    config = Config(budget=4, block_q=16, window=2, sink=0, dense_layers=2)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    cache = KVCache(1, 1, 8)
+    cache.append(k, v)
+    for layer in (1, 2, None):
+        attention = HiPAttention(config, layer=layer)
+        for out, wanted in (
+            (attention(q, k, v), exact),
+            (attention.decode(q[:, :, -1:], cache, Search()), exact[:, :, -1:]),
+        ):
+            assert torch.allclose(out, wanted, atol=1e-5) == (layer == 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_batch_of_none_is_none(causal):
+    q, k, v = (x[:0].requires_grad_() for x in draw(40, 40))
+    out = HiPAttention(Config(budget=8, window=4, causal=causal))(q, k, v)
+    out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape
+
+
 def test_of_equal_scores_the_earlier_blocks_are_kept_every_time():
     q, k, _ = (torch.zeros_like(x) for x in draw(64, 64))
     config = Config(budget=8, block_q=16, block_k=2, window=0, sink=0)
@@ -168,7 +213,7 @@ REFUSED = {
     "budget: expected a multiple of block_k 2, got 7": {"budget": 7},
     "block_q: expected a power of two, got 12": {"block_q": 12},
     "rep: expected 'mid' or 'first', got 'last'": {"rep": "last"},
-    "window, sink: expected 0 or more, and q_stride, refresh at least 1": {"q_stride": 0},
+    "window, sink, dense_layers: expected 0 or more, and q_stride, refresh at least 1": {"q_stride": 0},
 }
 
 
@@ -186,5 +231,7 @@ def test_what_does_not_fit_is_refused():
         ValueError, match="k: expected at least as many keys as the 20 queries of a causal mask, got 5"
     ):
         hip_mask(q, k[:, :, :5])
+    with pytest.raises(ValueError, match="unknown option 'budgett': did you mean 'budget'"):
+        hip_mask(q, k, budgett=3)
     with pytest.raises(ValueError, match="cache: expected at least one token, got none"):
         HiPAttention().decode(q[:, :, :1], KVCache(1, 1, 8), Search())

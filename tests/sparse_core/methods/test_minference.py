@@ -21,8 +21,10 @@ from sparse_core.methods.attention.minference import (
     pattern_mask,
     prefill_flops,
     search_patterns,
+    usual_pattern,
     vertical_slash_index,
 )
+from sparse_core.registry import Place
 
 SMALL = {"block": 16, "slash_block": 8, "last_q": 20, "sink": 4, "local": 6}
 
@@ -215,7 +217,7 @@ def test_early_layers_are_dense():
     ("length", "causal", "block"), [(12, False, 4), (50, False, 16), (300, True, 64), (300, False, 64)]
 )
 def test_the_layer_of_the_registry_works_at_once(length, causal, block, dtype):
-    layer = METHOD.layer(METHOD.config(causal=causal, block=block), 4, 2, 64)
+    layer = METHOD.layer(METHOD.config(causal=causal, block=block, pattern="block_sparse"), 4, 2, 64)
     q, k, v = draw(length, dtype=dtype)
     mask = layer.mask(q, k, v)
     out = layer.attend(q, k, v, mask)
@@ -322,6 +324,34 @@ def test_an_unknown_pattern_names_those_there_are(tmp_path):
         HeadPlan.load(path)
 
 
+def test_without_a_plan_every_head_finds_columns_and_slashes_of_its_prompt():
+    config, (q, k, v) = Config(**SMALL, share=0.25), draw(400)
+    q = q + 2  # so that a key of twos stands out
+    k[:, :, 123] = 2
+    usual = Pattern("vertical_slash", (14, 86))  # a quarter of 400, as 1000 to 6096
+    layer = METHOD.planned(config, None, Place(heads=4, kv_heads=2, width=16))
+    assert torch.equal(layer(q, k, v), MInferencePrefill(make_plan(*[usual] * 4), config)(q, k, v))
+    assert layer.mask(q, k, v).to_token_mask()[..., 123:, 123].all()
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("a_shape", (20, 80)), ("block_sparse", (7,))])
+def test_the_pattern_of_heads_without_a_plan_may_be_another(kind, sizes):
+    assert usual_pattern(Config(pattern=kind, block=16), 400) == Pattern(kind, sizes)
+
+
+def test_layers_before_the_starting_one_are_dense_in_a_model_too():
+    q, k, v = draw(120)
+    plan = make_plan(*mixed(120))
+    config = Config(**SMALL, starting_layer=1)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    first, second = (
+        METHOD.planned(config, plan, Place(heads=4, kv_heads=2, width=16, index=index, count=2))
+        for index in (0, 1)
+    )
+    torch.testing.assert_close(first(q, k, v), exact, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(second(q, k, v), exact, atol=1e-2)
+
+
 def test_a_plan_of_other_heads_is_refused():
     with pytest.raises(
         ValueError, match="plan: expected one pattern for each of the 4 heads, got 2; search again"
@@ -333,6 +363,7 @@ REFUSED = {
     "block: expected a power of two, got 12": lambda: Config(block=12),
     "last_q: expected at least 1": lambda: Config(last_q=0),
     r"share, tolerance: expected within \(0, 1\] and above 0, got 0": lambda: Config(share=0),
+    "pattern: expected one of a_shape, .*, got 'slash'": lambda: Config(pattern="slash"),
     "objective: expected 'output' or 'mass', got 'speed'": lambda: Config(objective="speed"),
     r"block_sparse: expected top, got \(1, 2\)": lambda: Pattern("block_sparse", (1, 2)),
     r"a_shape: expected sink and local, got \(0, 0\)": lambda: Pattern("a_shape", (0, 0)),
@@ -345,6 +376,10 @@ REFUSED = {
     "k: expected as many keys as the 50 queries of a prompt, got 40": lambda: MInferencePrefill()(
         draw(50)[0], *draw(40)[1:]
     ),
+    "heads: expected a multiple of the 2 key-value heads, got 3 query heads": lambda: search_patterns(
+        *draw(50, heads=3), CANDIDATES, 1e9
+    ),
+    r"a_shape: expected whole sizes, got \(1.5, 2\)": lambda: Pattern("a_shape", (1.5, 2)),
     "heads: expected a multiple of the 3 key-value heads, got 4 query heads": lambda: MInferencePrefill()(
         draw(50)[0], *draw(50, kv_heads=3)[1:]
     ),

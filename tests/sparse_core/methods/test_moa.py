@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sparse_core import counters
 from sparse_core.attention.layer import AttentionLayer
+from sparse_core.attention.slot import AttentionSlot
 from sparse_core.methods.attention.moa import (
     Config,
     Plan,
@@ -23,6 +24,7 @@ from sparse_core.methods.attention.moa import (
     select_plan,
 )
 from sparse_core.registry import get_method
+from sparse_core.sparsify import sparsify
 
 MIXED = Plan(rules=((SpanRule(16), SpanRule(0, 0.5)), (SpanRule(-8, 0.75), SpanRule(64))), block=16, sink=16)
 
@@ -140,6 +142,74 @@ def test_frozen_models_and_several_batches_are_measured():
     with torch.no_grad():
         torch.testing.assert_close(attention_influence(model, batches, 4), (apart[0] + apart[1]) / 2)
     assert apart[0].shape == (2, 2, 5, 5)
+
+
+class Late(nn.Module):
+    """Slots that run in another order than the module has them, the second twice."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.a, self.b = AttentionSlot(2, 4), AttentionSlot(heads, 8 // heads)
+
+    def forward(self, x):
+        for slot in (self.b, self.a, self.b):
+            heads = x.unflatten(-1, (slot.heads, -1)).transpose(1, 2)
+            x = x + slot(heads, heads.flip(-1), heads).transpose(1, 2).flatten(2)
+        return x
+
+
+def squares(model, x):
+    return model(x).square().sum()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_slots_of_a_model_are_measured_in_the_order_that_plans_have(causal):
+    model, (x,) = Late(), draw((2, 20, 8))
+    options = {"block": 4, "sink": 4, "causal": causal}
+    if causal:
+        sparsify(model, "moa", density=1.0, **options)
+    found = attention_influence(model, [x], 4, causal=causal, loss=squares)
+    if not causal:  # an empty slot is as dense as one that keeps everything
+        sparsify(model, "moa", density=1.0, **options)
+        again = attention_influence(model, [x], 4, causal=False, loss=squares)
+        torch.testing.assert_close(again, found, atol=1e-3, rtol=1e-3)
+    seen = {"a": [], "b": []}
+
+    def note(layer, args, out):
+        out.retain_grad()
+        seen["a" if layer is model.a.layer else "b"].append((*args, out))
+
+    for slot in (model.a, model.b):
+        slot.layer.register_forward_hook(note)
+    squares(model, x.requires_grad_()).backward()
+    assert [len(calls) for calls in seen.values()] == [1, 2]
+    for row, calls in zip(found, seen.values(), strict=True):
+        expected = sum(influence(q, k, v, out.grad, 4, causal=causal) for q, k, v, out in calls)
+        torch.testing.assert_close(row, expected, atol=1e-3, rtol=1e-3)
+        assert row.abs().max() > 1
+
+
+def test_a_model_that_is_sparse_or_does_not_attend_has_no_influence():
+    x, options = draw((2, 20, 8))[0], {"block": 4, "sink": 4}
+    model = Late()
+    handle = sparsify(model, "moa", density=0.5, **options)
+    with pytest.raises(
+        ValueError, match=r"expected dense attention, got b.layer with a mask of density 0\.36; detach"
+    ):
+        attention_influence(model, [x], 4, causal=False, loss=squares)
+    handle.detach()
+    with pytest.raises(ValueError, match="got one that does not call a.layer"):
+        attention_influence(
+            model,
+            [x],
+            4,
+            causal=False,
+            loss=lambda model, x: model.b(x[:, None], x[:, None], x[:, None]).sum(),
+        )
+    with pytest.raises(
+        ValueError, match=r"layers: expected heads and blocks alike in all, got .*b.layer': \[\[4, 5, 5\]"
+    ):
+        attention_influence(Late(heads=4), [x], 4, causal=False, loss=squares)
 
 
 def test_only_the_response_counts():

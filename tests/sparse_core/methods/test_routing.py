@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_core import counters, registry
-from sparse_core.methods.attention.routing import Config, RoutingAttention
+from sparse_core.methods.attention.routing import Config, RoutingAttention, RoutingLayer
 
 
 def draw(*shape, seed=0):
@@ -295,6 +295,25 @@ def test_a_layer_works_from_its_first_batch_on(length, causal):
     other = (draw(1, h, length, 16, seed=n + 5) for n, h in enumerate((4, 2, 2)))
     assert layer.attend(*other, mask).shape == q.shape
     assert layer.loss() is None
+
+
+def test_the_first_layers_look_at_a_window_alone():
+    config = Config(num_clusters=4, local_window=32, skip_first=2)
+    q, k, v = (torch.randn(2, 4, 40, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    local = RoutingLayer(config, 4, 8).mask(q, k, v).local.to_token_mask()
+    assert local.sum(-1).max() == 32
+    for place in (0, 1):
+        layer = RoutingLayer(config, 4, 8, layer=place).train()
+        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=local)
+        torch.testing.assert_close(layer(q, k, v), exact, atol=2e-6, rtol=1e-4)
+        assert layer.loss() is None
+        assert not layer.routing.router.initialised
+    for place in (2, None):
+        layer = RoutingLayer(config, 4, 8, layer=place).train()
+        layer(q, k, v)
+        assert layer.routing.router.initialised
+    with pytest.raises(ValueError, match="skip_first: expected 0 layers or more, got -1"):
+        Config(skip_first=-1)
 
 
 def test_a_layer_moves_its_centroids_in_training_unless_told_not_to():

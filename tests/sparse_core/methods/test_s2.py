@@ -61,6 +61,14 @@ def test_heads_cover_everything_only_if_their_offsets_hit_every_residue(heads, s
     assert any("leave out" in str(warning.message) for warning in caught) != whole
 
 
+def test_sizes_may_be_given_in_order():
+    ours = local_stride_mask(8, 1024, 64, 4, 8, 4, 1)
+    named = local_stride_mask(8, 1024, block=64, local_blocks=4, stride=8, num_kv_heads=4, num_dense_heads=1)
+    assert torch.equal(ours.blocks, named.blocks)
+    with pytest.raises(ValueError, match="unknown option 'strid': did you mean 'stride'"):
+        local_stride_mask(8, 1024, strid=4)
+
+
 def test_one_pattern_for_all_heads_covers_a_quarter():
     mask = local_stride_mask(8, 64 * 16, block=16, local_blocks=4, stride=8, one_pattern=True)
     everything = local_stride_mask(1, 64 * 16, block=16, local_blocks=64, stride=1)
@@ -168,6 +176,50 @@ REFUSED = {
 def test_bad_input_is_refused(sentence):
     with pytest.raises(ValueError, match=sentence):
         local_stride_mask(4, 100, **REFUSED[sentence])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_padding_before_a_sample_changes_nothing_and_gives_0(kv_heads):
+    layer = ShardedAttention(Config(block=16, local_blocks=1, stride=2), 4, kv_heads)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, h, 90, 8, generator=generator) for h in (4, kv_heads, kv_heads))
+    padding = torch.tensor([0, 37, 90])
+    junk = [x.clone() for x in (q, k, v)]
+    for x in junk:
+        x[1, :, :37], x[2] = torch.nan, torch.nan
+    out = layer.attend_left_padded(*junk, padding)
+    torch.testing.assert_close(out[:1], layer(q[:1], k[:1], v[:1]))
+    torch.testing.assert_close(out[1:2, :, 37:], layer(*(x[1:2, :, 37:] for x in (q, k, v))))
+    assert (out[1, :, :37] == 0).all()
+    assert (out[2] == 0).all()
+    with pytest.raises(ValueError, match=r"padding: expected 3 of 0 to 90, got \[0, 91, 3\]"):
+        layer.attend_left_padded(q, k, v, torch.tensor([0, 91, 3]))
+    with pytest.raises(ValueError, match="padding: expected a causal config, got one that looks ahead"):
+        ShardedAttention(Config(causal=False), 4, kv_heads).attend_left_padded(q, k, v, padding)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    layer = ShardedAttention(Config(block=16, local_blocks=1, stride=4), 4)
+    q, k, v = torch.randn(3, 1, 4, 90, 8, generator=torch.Generator().manual_seed(0))
+    out = layer.attend_packed(q, k, v, [20, 1, 69])
+    for first, last in ((0, 20), (20, 21), (21, 90)):
+        alone = layer(*(x[:, :, first:last] for x in (q, k, v)))
+        torch.testing.assert_close(out[:, :, first:last], alone)
+    with pytest.raises(ValueError, match=r"lengths: expected at least 1 each and 90 in all, got \[20, 71\]"):
+        layer.attend_packed(q, k, v, [20, 71])
+
+
+def test_a_mask_that_comes_back_to_a_dropped_block_is_warned_of():
+    kept = torch.eye(4, dtype=torch.bool)
+    kept[3, 0] = True
+    mask = BlockMask.from_dense_blocks(
+        kept, full=kept & ~torch.eye(4, dtype=torch.bool), rule=causal, block_size=16, q_len=64, kv_len=64
+    )
+    layer, x = ShardedAttention(Config(block=16), 4), torch.randn(1, 4, 64, 8)
+    with pytest.warns(
+        UserWarning, match="mask: expected one that never needs a dropped block again, got one"
+    ):
+        layer.attend(x, x, x, mask)
 
 
 def test_decoding_wants_pages_that_fit_and_no_looking_ahead():

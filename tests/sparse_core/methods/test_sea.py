@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_core import AttentionSlot, counters, registry, sparsify
 from sparse_core.distill import full_attention, load_learned, save_learned
@@ -221,6 +222,15 @@ def test_cost_grows_with_tokens_and_not_with_their_square(causal):
     assert found[2048] < 2.1 * found[1024]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_choosing_counts_is_what_it_multiplies(causal):
+    q, k, v = draw(length=150)
+    layer = make(causal=causal).eval()
+    with counters.count() as counter, FlopCounterMode(display=False) as meter:
+        layer.make_mask(q, k, v)
+    assert meter.get_total_flops() == 2 * counter.multiply_adds > 0
+
+
 def test_choosing_costs_no_products_of_queries_and_keys():
     model, (q, k, v) = make(), draw()
     with counters.count() as counter:
@@ -274,7 +284,9 @@ def test_distilling_lowers_the_loss_and_changes_the_layer_alone():
 def test_a_single_layer_is_distilled_from_maps_given(tmp_path):
     batches = [(*x, full_attention(*x[:2], causal=False)) for x in (draw(seed=seed) for seed in range(3))]
     model, other = make(), make(seed=1)
-    assert len(distill(model, batches, steps=3)) == 3
+    assert len(distill(model, batches)) == 3
+    with pytest.raises(ValueError, match="steps: expected how many, or a loader with a length, got neither"):
+        distill(model, iter(batches))
     path = save_learned(tmp_path / "sea.safetensors", {"sea": model})
     with pytest.raises(
         ValueError, match="sea: expected seed 0, with which it was trained, got 1; make it so"

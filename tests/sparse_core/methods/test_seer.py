@@ -11,6 +11,7 @@ from sparse_core import counters
 from sparse_core.attention.calibrate import model_hash
 from sparse_core.attention.gate import BlockGate, rotate
 from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.slot import AttentionSlot
 from sparse_core.distill import load_learned, pooled_attention, save_learned
 from sparse_core.methods.attention.seer import (
     Config,
@@ -21,6 +22,7 @@ from sparse_core.methods.attention.seer import (
     gate_truth,
 )
 from sparse_core.registry import get_method
+from sparse_core.sparsify import sparsify
 
 TINY = Config(block=16, gate_dim=8)
 DECODE = replace(TINY, q_pool=(), selection="budget", amount=32)
@@ -530,3 +532,87 @@ def test_the_registered_layer_is_usable_at_once_and_nearly_dense(length, causal)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     assert (layer(q, k, v) - exact).abs().mean() < 0.02
     assert torch.equal(layer(q, k, v), layer(q, k, v))
+
+
+def needles(seed, blocks=8, block=8, width=16, heads=2):
+    """q, k, v [4, H, T, D]: every query asks for the needle of one block, and each block holds it in one token alone."""
+    generator = torch.Generator().manual_seed(seed)
+    marks = F.normalize(torch.randn(blocks, width, generator=torch.Generator().manual_seed(7)), dim=-1)
+    shape = (4, heads, blocks, block, width)
+    k, v = (0.3 * torch.randn(shape, generator=generator) for _ in range(2))
+    at = torch.randint(block, shape[:3], generator=generator)[..., None, None]
+    order = torch.rand(shape[:3], generator=generator).argsort(-1)
+    k.scatter_(3, at.expand(*shape[:3], 1, width), 8 * marks[order][..., None, :])
+    wanted = torch.randint(blocks, shape[:3], generator=generator)
+    q = 4 * marks[wanted][..., None, :] + 0.3 * torch.randn(shape, generator=generator)
+    return [x.flatten(2, 3) for x in (q, k, v)]
+
+
+def kept_attention(slot, q, k, v):
+    """Share of the attention that the slot's mask keeps."""
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return float((weights * slot.layer.mask(q, k, v).to_token_mask()).sum(-1).mean())
+
+
+def test_gates_learn_in_a_slot_and_then_find_what_gates_at_random_do_not():
+    slot = AttentionSlot(2, 16)
+    handle = sparsify(slot, "seer", block=8, gate_dim=16, selection="ratio", amount=0.25)
+    held_out = needles(1000)
+    before, losses = kept_attention(slot, *held_out), []
+    optimizer = torch.optim.Adam(slot.parameters(), lr=1e-2)
+    slot.train()
+    for step in range(150):
+        optimizer.zero_grad()
+        tokens = [x.requires_grad_() for x in needles(step)]
+        slot(*tokens)
+        loss = handle.loss()
+        loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in slot.parameters())
+        assert all(x.grad is None for x in tokens)  # gates learn from the model, which does not follow them
+        optimizer.step()
+        losses.append(loss.item())
+    slot.eval()
+    assert handle.loss() is None
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    after = kept_attention(slot, *held_out)
+    assert after > before + 0.3
+    assert slot.layer.mask(*held_out).density() < 0.4
+
+
+@pytest.mark.parametrize("layer", ["slot", "torch"])
+def test_gates_of_a_model_that_was_made_sparse_are_distilled(layer):
+    if layer == "slot":
+        model = AttentionSlot(2, 16)
+        batches = (needles(step) for step in range(40))
+        run = {"run": lambda model, batch: model(*batch)}
+    else:
+        torch.manual_seed(0)
+        model, run = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True), {}
+        batches = (needles(step)[0].transpose(1, 2).flatten(2) for step in range(40))
+    handle = sparsify(model, "seer", block=8, gate_dim=16)
+    others = {name: x.clone() for name, x in model.state_dict().items() if ".gate." not in f".{name}"}
+    losses = distill_gates(model, batches, steps=40, lr=1e-2, **run)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in others.items())
+    assert not any(slot.layer.dense for slot in handle.slots.values())
+
+
+def test_a_slot_attends_to_everything_while_its_layer_is_dense_and_tells_the_gate_its_condition():
+    slot, (q, k, v) = AttentionSlot(2, 16, condition=3), needles(0)
+    sparsify(slot, "seer", block=8, gate_dim=16, selection="ratio", amount=0.25, condition=3)
+    told = [torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    with torch.no_grad():
+        slot.layer.gate.w_condition.normal_(generator=torch.Generator().manual_seed(2))
+        first, second = (slot(q, k, v, condition=x) for x in told)
+        assert not torch.allclose(first, second)
+        slot.layer.dense = True
+        torch.testing.assert_close(
+            slot(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-4
+        )
+        slot.layer.dense = False
+        with pytest.raises(ValueError, match=r"condition: expected \[4, 3\], got none"):
+            slot(q, k, v)
+    with pytest.raises(
+        ValueError, match="condition: expected 0 or 3 channels, as this attention is told, got 8"
+    ):
+        sparsify(AttentionSlot(2, 16, condition=3), "seer", condition=8)

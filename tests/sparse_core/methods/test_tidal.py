@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from sparse_core import counters
 from sparse_core.attention.kv_cache import KVCache
+from sparse_core.attention.layer import DenseAttention
 from sparse_core.methods.attention.tidal import (
     TidalSchedule,
     TidalState,
@@ -127,6 +128,47 @@ def test_the_cache_is_corrected_in_place():
         correct_cache(lambda first, last: [], caches, (60, 50))
 
 
+class Stack(torch.nn.Module):
+    """The layers of `stack` as a model of its number."""
+
+    def __init__(self, moved_at=None):
+        super().__init__()
+        self.moved_at, self.layers = moved_at, torch.nn.ModuleList(DenseAttention() for _ in range(LAYERS))
+
+    def forward(self, seed):
+        drawn = stack(self.moved_at, seed)
+        for layer, (q, k, v) in zip(self.layers, drawn, strict=True):
+            layer(q.expand_as(k), k, v)
+
+
+def test_a_model_corrects_its_caches_and_chooses_its_layer():
+    caches, fresh = fill(stack()), stack(seed=1)
+    correct_cache(Stack(), caches, (50, 60), batch=1)
+    for number, (_, k, v) in enumerate(fresh):
+        assert torch.equal(caches[number].keys[:, :, 50:60], k[:, :, 50:60])
+        assert torch.equal(caches[number].values[:, :, 50:60], v[:, :, 50:60])
+        assert torch.equal(caches[number].keys[:, :, 60:], stack()[number][1][:, :, 60:])
+    assert choose_correction_layer(Stack(moved_at=4), range(3), topk=8, select=1) == 4
+    with pytest.raises(ValueError, match="batch: expected all tokens so far to run the model on, got none"):
+        correct_cache(Stack(), caches, (50, 60))
+    with pytest.raises(ValueError, match="data: expected batches to run the model on, got none"):
+        choose_correction_layer(Stack())
+
+
+def test_one_cache_may_stand_for_the_only_layer_and_too_few_are_refused():
+    (cache, *_), (_, k, v) = fill(stack()), stack(seed=1)[0]
+    correct_cache(lambda first, last: [(k[:, :, first:last], v[:, :, first:last])], cache, (0, 200))
+    assert torch.equal(cache.keys, k)
+    before = cache.keys
+    with pytest.raises(ValueError, match="cache: expected one for each of 6 layers, got 1"):
+        correct_cache(Stack(), cache, (0, 200), batch=2)
+    assert torch.equal(cache.keys, before)
+
+
+def test_a_schedule_begins_with_its_layers():
+    assert TidalSchedule(12, select=(2, 6)) == TidalSchedule(num_layers=12, select=(2, 6))
+
+
 def test_the_correcting_layer_is_where_the_needles_move():
     steps = [[(q, k) for q, k, _ in stack(moved_at=4, seed=seed)] for seed in range(3)]
     assert choose_correction_layer(steps, topk=8, select=1) == 4
@@ -140,6 +182,7 @@ def test_the_correcting_layer_is_where_the_needles_move():
         ({"topk": 0}, "topk: expected at least one position, got 0"),
         ({"select": ()}, "select: expected at least one layer"),
         ({"select": (13, 2)}, "select: expected at least one layer, in ascending order"),
+        ({"select": (2, 2)}, "select: expected at least one layer, in ascending order"),
         ({"select": (2, 40)}, "full and select: expected layers 0 to 31"),
         ({"full": (0,)}, r"full: expected every layer before the first selecting one, got none for \[1\]"),
     ],

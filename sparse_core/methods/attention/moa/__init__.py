@@ -21,7 +21,7 @@ Fidelity: adapted. Without causality a span reaches both ways.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -41,7 +41,7 @@ from sparse_core.methods.attention.moa.plan import (
     rule_grid,
     select_plan,
 )
-from sparse_core.registry import Method, register
+from sparse_core.registry import Method, Place, register
 
 __all__ = [
     "Config", "Plan", "SpanAttention", "SpanKVCache", "SpanRule", "UniformPlan", "attention_influence", "influence",
@@ -129,6 +129,27 @@ class SpanAttention(AttentionLayer):
         return decode_attention(q1, cache, cache.spans)  # type: ignore[return-value]
 
 
+def _planned(config: Config, plan: Plan | None, place: Place) -> SpanAttention:
+    """The spans of a place: its layer of the plan, or the only one. Raises ValueError where plan and place differ."""
+    if plan is None:
+        return SpanAttention(UniformPlan(config, place.heads))
+    if len(plan.rules) not in (1, place.count):
+        raise ValueError(
+            f"plan: expected rules for one layer or for each of {place.count} attentions, got {len(plan.rules)} layers; "
+            "choose those that it was made for by include"
+        )
+    if len(plan.rules[0]) not in (place.heads, place.kv_heads):
+        heads = " or ".join(map(str, dict.fromkeys((place.heads, place.kv_heads))))
+        raise ValueError(f"plan: expected rules for {heads} heads, got {len(plan.rules[0])}; calibrate again")
+    if plan.causal != config.causal:
+        raise ValueError(
+            f"causal: expected {plan.causal}, as the plan was made, got {config.causal}; make it so"
+        )
+    if replace(config, causal=True) != Config():
+        raise ValueError("plan: expected no density, block or sink beside it, got some; the plan has its own")
+    return SpanAttention(plan, place.index if len(plan.rules) > 1 else 0)
+
+
 METHOD = register(
     Method(
         name="attention/moa",
@@ -139,5 +160,8 @@ METHOD = register(
         make=lambda config, heads: SpanAttention(UniformPlan(config, heads)),
         layer=lambda config, heads, kv_heads, width: SpanAttention(UniformPlan(config, heads)),
         needs=("calibration",),
+        without="one span for all heads, within density",
+        plan=Plan,
+        planned=_planned,
     )
 )

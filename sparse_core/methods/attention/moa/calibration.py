@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_core.attention.estimators import share_heads
 from sparse_core.attention.layer import AttentionLayer
+from sparse_core.attention.masks import BlockMask
 
 SCORES = 2**22  # scores that are held at once
 
@@ -56,20 +58,19 @@ def attention_influence(
     model: nn.Module, batches: Iterable[Any], block: int = 64, *, causal: bool = True,
     loss: Callable[[nn.Module, Any], Tensor] = _response_loss,
 ) -> Tensor:  # fmt: skip
-    """[L, Hq, K, K] in float64: the influence of every block in every `AttentionLayer` of a dense model, in the order in
-    which they run, meant over batches of one length.
+    """[L, Hq, K, K] in float64: the influence of every block in every `AttentionLayer` of a dense model, in the order of
+    its modules, which is that of `sparsify`, summed over the calls of a layer and meant over batches of one length.
 
     batches: what loss(model, batch) takes; unless given, (tokens, targets [B, T], response bool [B, T]) for a model that
     returns logits [B, T, V]. Let the dense model write the responses itself. Parameters and their gradients stay as they
-    are. Raises ValueError for a model without such layers, for no batches and for batches of different length.
+    are. A model of other attention gets such layers by `sparsify(model, "attention/moa", density=1.0)`. Raises ValueError
+    where there are none or one is not called or sparse, for layers that differ, no batches and batches that differ.
     """
     total, count = None, 0
     for batch in batches:
-        found = torch.stack(
-            [
-                influence(*taken, block=block, causal=causal)
-                for taken in _tap(model, lambda b=batch: loss(model, b))
-            ]
+        calls = _tap(model, lambda b=batch: loss(model, b), causal)
+        found = _sum_calls(
+            {name: [influence(*call, block=block, causal=causal) for call in x] for name, x in calls.items()}
         )
         if total is not None and total.shape != found.shape:
             raise ValueError(
@@ -81,22 +82,47 @@ def attention_influence(
     return total / count
 
 
-def _tap(model: nn.Module, run: Callable[[], Tensor]) -> list[tuple[Tensor, ...]]:
-    """(q, k, v, dL/do) of each attention that `run`, which returns L, goes through."""
-    calls: list[tuple[Tensor, ...]] = []
+def _sum_calls(found: dict[str, list[Tensor]]) -> Tensor:
+    """[L, H, K, K] of each layer's calls [H, K, K]."""
+    shapes = {name: [list(x.shape) for x in calls] for name, calls in found.items()}
+    if len({str(shape) for calls in shapes.values() for shape in calls}) > 1:
+        raise ValueError(
+            f"layers: expected heads and blocks alike in all, got {shapes}; calibrate those that are alike"
+        )
+    return torch.stack([torch.stack(calls).sum(0) for calls in found.values()])
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        # A frozen model has no graph of its own.
-        calls.append((*(x.detach() for x in args[:3]), out if out.requires_grad else out.requires_grad_()))
 
-    layers = [module for module in model.modules() if isinstance(module, AttentionLayer)]
+def _tap(model: nn.Module, run: Callable[[], Tensor], causal: bool) -> dict[str, list[tuple[Tensor, ...]]]:
+    """(q, k, v, dL/do) of each call of each attention by its name, of what `run`, which returns L, goes through."""
+    layers: dict[str, AttentionLayer] = {
+        name: part for name, part in model.named_modules() if isinstance(part, AttentionLayer)
+    }
     if not layers:
         raise ValueError("model: expected at least one AttentionLayer, got none; build its attention of them")
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        with torch.enable_grad():
-            grads = torch.autograd.grad(run(), [call[3] for call in calls])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(*call[:3], grad) for call, grad in zip(calls, grads, strict=True)]
+    calls: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in layers}
+    with ExitStack() as stack, torch.enable_grad():
+        for name, layer in layers.items():
+            note = _recorder(name, calls[name], causal)
+            stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
+        loss = run()
+        if idle := [name for name, found in calls.items() if not found]:
+            raise ValueError(
+                f"model: expected one that calls its attention, got one that does not call {idle[0]}"
+            )
+        grads = iter(torch.autograd.grad(loss, [call[3] for found in calls.values() for call in found]))
+    return {name: [(*call[:3], next(grads)) for call in found] for name, found in calls.items()}
+
+
+def _recorder(name: str, found: list[tuple[Tensor, ...]], causal: bool) -> Callable[..., None]:
+    def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], out: Tensor) -> None:
+        length, mask = args[1].shape[2], options.get("mask")
+        kept = mask.density() if isinstance(mask, BlockMask) else 1.0
+        if kept < (0.5 + 0.5 / length if causal else 1) - 1e-6:
+            raise ValueError(
+                f"model: expected dense attention, got {name} with a mask of density {kept:.2f}; detach it, or sparsify "
+                "with density=1.0"
+            )
+        # A frozen model has no graph of its own.
+        found.append((*(x.detach() for x in args[:3]), out if out.requires_grad else out.requires_grad_()))
+
+    return note

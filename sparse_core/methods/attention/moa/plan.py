@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_core.attention.calibrate import model_hash
+from sparse_core.attention.calibrate import check_model, model_hash, read_plan, write_plan
 from sparse_core.attention.masks import SpanPlan
 from sparse_core.attention.planner import Budget, choose_options, find_options
 
@@ -42,7 +41,7 @@ class SpanRule:
     beta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1 or (self.beta == 0 and self.alpha <= 0):
+        if not 0 <= self.beta <= 1 or not math.isfinite(self.alpha) or (self.beta == 0 and self.alpha <= 0):
             raise ValueError(
                 f"rule: expected beta of 0 to 1, and alpha above 0 where beta is 0, got {self.alpha} and {self.beta}"
             )
@@ -98,33 +97,22 @@ class Plan:
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_plan(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan. Raises ValueError naming the file where it is none."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+
+        def make(data: dict[str, Any]) -> Plan:
             data["rules"] = tuple(tuple(SpanRule(**rule) for rule in layer) for layer in data["rules"])
             data["losses"] = {int(length): loss for length, loss in data["losses"].items()}
             return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a plan of spans, got {error}; calibrate again") from None
+
+        return read_plan(path, "plan of spans", make)
 
     def validate(self, model: nn.Module) -> None:
         """ValueError where the plan was made for another model."""
-        found = model_hash(model)
-        if self.model != found:
-            raise ValueError(
-                f"plan: expected one for the model {found}, got one for {self.model or 'none'}; calibrate again"
-            )
+        check_model(self.model, model)
 
 
 def _spans(rules: Sequence[SpanRule], length: int, block: int, sink: int, causal: bool) -> SpanPlan:

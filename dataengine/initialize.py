@@ -1,0 +1,143 @@
+"""First Gaussians of a scene: from depth where there is any, else scattered where the cameras look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dataengine.gaussians import LOOSE, STATIC, Gaussians
+from dataengine.views import Views
+
+MOVED = 20 / 255  # a pixel has moved when a channel is further than this from its median over time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Gaussians and the frame ``[N]`` at which each was seen."""
+
+    gaussians: Gaussians
+    born: Tensor
+
+
+def moving_pixels(views: Views) -> Tensor:
+    """Which pixels show something that moves, bool ``[T, V, H, W]``: those that differ from their median over time,
+    grown by one pixel. Moving cameras see motion everywhere, and are judged so."""
+    median = views.images.median(0).values
+    moved = (views.images - median).abs().amax(-1) > MOVED
+    if views.depth is not None:
+        usual = views.depth.median(0).values
+        far = (views.depth - usual).abs() > 0.02 + 0.02 * usual  # stored depth is coarser where it is far
+        moved |= far & (views.depth > 0) & (usual > 0)
+    return F.max_pool2d(moved.float(), 3, 1, 1) > 0
+
+
+def from_depth(
+    views: Views,
+    bodies: Tensor | None = None,
+    poses: Tensor | None = None,
+    *,
+    spacing: float = 1.5,
+    degree: int = 0,
+    generic: str = "born",
+) -> Start:
+    """Gaussians at the points that depth shows, one per cell of a grid.
+
+    Args:
+        views: with depth.
+        bodies: int64 ``[T, V, H, W]``: 0 static, b > 0 rigid body b - 1; None finds what moves by itself, which then is
+            loose (-1).
+        poses: ``[T, n, 4, 4]`` of the bodies; their points of every frame are brought back to frame 0.
+        spacing: side of a cell in pixels at the median depth.
+        degree: of the spherical harmonics.
+        generic: which frames loose points come from: `born` every one, each for its own time, or `first` frame 0 alone.
+
+    Raises:
+        ValueError: no depth, or fewer than one known pixel.
+    """
+    if views.depth is None or not (views.depth > 0).any():
+        raise ValueError("views: expected depth to start from, got none; use from_frusta for colour alone")
+    label = _labels(views, bodies, poses)
+    points = torch.from_numpy(np.asarray(_unproject(views))).float()
+    focal = float(np.median(views.cameras.intrinsics[..., 0, 0]))
+    cell = spacing * float(views.depth[views.depth > 0].median()) / focal
+    frame = torch.arange(len(views)).view(-1, 1, 1, 1).expand(label.shape)
+    near = views.depth > 0
+    if generic == "first":
+        near = near & ((label != LOOSE) | (frame == 0))
+    points, colors, label, frame, depth = (x[near] for x in (points, views.images, label, frame, views.depth))
+    if poses is not None:
+        points = _back_to_first(points, label, frame, poses)
+    # Points of one cell, one body and, where they are loose, one frame become one Gaussian; far ones get wider cells.
+    width = cell * (depth / depth.median()).clamp_min(1.0).log2().round().exp2()
+    time = torch.where(label == LOOSE, frame, 0)
+    key = torch.cat([(points / width[:, None]).floor().long(), width[:, None].log2().round().long(), label[:, None],
+                     time[:, None]], -1)  # fmt: skip
+    _, group, count = torch.unique(key, dim=0, return_inverse=True, return_counts=True)
+
+    def mean(values: Tensor) -> Tensor:
+        total = values.new_zeros(len(count), *values.shape[1:]).index_add_(0, group, values)
+        return total / count.view(-1, *(1,) * (values.ndim - 1))
+
+    first = torch.full((len(count),), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
+    size = 0.5 * mean(width)
+    gaussians = Gaussians.from_points(mean(points), mean(colors), size, body=label[first], degree=degree)
+    return Start(gaussians=gaussians, born=time[first])
+
+
+def _unproject(views: Views) -> np.ndarray:
+    assert views.depth is not None
+    return views.cameras.unproject(views.depth.numpy())
+
+
+def _labels(views: Views, bodies: Tensor | None, poses: Tensor | None) -> Tensor:
+    if bodies is None:
+        return torch.where(moving_pixels(views), LOOSE, STATIC)
+    if bodies.shape != views.images.shape[:-1]:
+        raise ValueError(f"bodies: expected {list(views.images.shape[:-1])}, got {list(bodies.shape)}")
+    return bodies if poses is not None else torch.where(bodies > 0, LOOSE, STATIC)
+
+
+def _back_to_first(points: Tensor, label: Tensor, frame: Tensor, poses: Tensor) -> Tensor:
+    """World points of rigid bodies to where they were at frame 0."""
+    moved = label > 0
+    body, time = label[moved] - 1, frame[moved]
+    back = poses[0][body] @ torch.linalg.inv(poses)[time, body]
+    brought = torch.einsum("nij,nj->ni", back[:, :3, :3].float(), points[moved]) + back[:, :3, 3].float()
+    return points.masked_scatter(moved[:, None], brought)
+
+
+def from_frusta(views: Views, count: int = 5000, *, seed: int = 0) -> Start:
+    """Gaussians scattered where at least two cameras look, for colour without depth; densification does the rest.
+
+    Raises ValueError for views that never overlap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cameras = views.cameras.at(0)
+    centres = torch.from_numpy(cameras.camera_to_world[:, :3, 3])
+    axes = torch.from_numpy(cameras.camera_to_world[:, :3, 2])
+    target = _meeting_point(centres, axes)
+    reach = float((centres - target).norm(dim=-1).median())
+    points = target + reach * (2 * torch.rand(20 * count, 3, generator=generator, dtype=torch.float64) - 1)
+    pixels, depth = cameras.project(points.numpy())
+    inside = ((pixels > 0) & (pixels < (cameras.width, cameras.height))).all(-1) & (depth > 0.05 * reach)
+    seen = torch.from_numpy(inside.sum(0) >= min(2, len(cameras.names)))
+    if not seen.any():
+        raise ValueError(
+            "views: expected cameras that look at one place, got none that overlap; check their poses"
+        )
+    points = points[seen][:count].float()
+    colors = views.images.mean((0, 1, 2, 3)).expand(len(points), 3)
+    gaussians = Gaussians.from_points(
+        points, colors, reach * (8.0 / max(1, len(points))) ** (1 / 3) / 2, opacity=0.1
+    )
+    return Start(gaussians=gaussians, born=torch.zeros(len(points), dtype=torch.long))
+
+
+def _meeting_point(centres: Tensor, axes: Tensor) -> Tensor:
+    """The point nearest to all optical axes, least squares."""
+    across = torch.eye(3, dtype=axes.dtype) - axes[:, :, None] * axes[:, None]
+    return torch.linalg.lstsq(across.sum(0), (across @ centres[..., None]).sum(0)).solution.squeeze(-1)

@@ -1,0 +1,395 @@
+"""How Gaussians move: each model poses the canonical Gaussians of a scene at a frame.
+
+A model moves only what is its own: rigid bodies (`body` > 0) or loose Gaussians (`body` -1). Static ones never move, or a
+few views would let motion explain what is a matter of shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dataengine import rotations
+from dataengine.errors import closest
+from dataengine.gaussians import LOOSE, Gaussians
+
+PLANES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # of x, y, z, t
+
+
+class Motion(nn.Module):
+    """Poses Gaussians at a frame; this one leaves them where they are.
+
+    `start` gives the numbers that every Gaussian has of its own, as parameters of the scene beside those of the
+    Gaussians, so that densification copies and drops them alike. `penalty` is what a fit adds to its loss.
+    """
+
+    name = "static"
+
+    def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
+        """Initial parameters ``[N, ..]`` by name, of Gaussians that were seen at frames `born` ``[N]``."""
+        return {}
+
+    def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
+        return gaussians
+
+    def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
+        return gaussians.means.new_zeros(())
+
+    def settings(self) -> dict[str, Any]:
+        """What `restore_motion` needs beside the tensors, as JSON."""
+        return {}
+
+
+class Rigid(Motion):
+    """Every body b moves as one: mean(t) = R(t) R(0)^T (mean - p(0)) + p(t), and turns alike.
+
+    Args:
+        poses: ``[T, n, 4, 4]`` body to world, metres; Gaussians lie where the bodies are at frame 0.
+        learn: correct every pose but those of frame 0 by a small rigid motion of its own.
+        smoothness: weight of the squared acceleration of the corrections (metres and radians per frame squared).
+    """
+
+    name = "rigid"
+    poses: Tensor
+
+    def __init__(self, poses: Tensor, *, learn: bool = False, smoothness: float = 1e-2):
+        super().__init__()
+        if poses.ndim != 4 or poses.shape[-2:] != (4, 4):
+            raise ValueError(f"poses: expected [T, n, 4, 4], got {list(poses.shape)}")
+        self.register_buffer("poses", poses.float())
+        shape = (len(poses) - 1, poses.shape[1], 6)
+        self.correction = nn.Parameter(torch.zeros(shape), requires_grad=learn)
+        self.smoothness = smoothness
+
+    def settings(self) -> dict[str, Any]:
+        return {"learn": self.correction.requires_grad, "smoothness": self.smoothness}
+
+    def pose(self, frame: int) -> tuple[Tensor, Tensor]:
+        """Rotations as quaternions ``[n, 4]`` and positions ``[n, 3]`` of the bodies, corrected."""
+        quats = rotations.from_matrix(self.poses[frame, :, :3, :3])
+        positions = self.poses[frame, :, :3, 3]
+        if frame == 0:
+            return quats, positions
+        shift, turn = self.correction[frame - 1].split(3, -1)
+        return rotations.multiply(rotations.from_vector(turn), quats), positions + shift
+
+    def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
+        moved = (gaussians.body > 0).nonzero().squeeze(-1)
+        if frame == 0 or not len(moved):
+            return gaussians
+        (q0, p0), (q1, p1) = self.pose(0), self.pose(frame)
+        body = gaussians.body[moved] - 1
+        turn = rotations.multiply(q1, q0 * q0.new_tensor([1, -1, -1, -1]))
+        local = gaussians.means[moved] - p0[body]
+        means = torch.einsum("nij,nj->ni", rotations.to_matrix(turn)[body], local) + p1[body]
+        quats = rotations.multiply(turn[body], gaussians.quats[moved])
+        return gaussians.replace(
+            means=gaussians.means.index_copy(0, moved, means),
+            quats=gaussians.quats.index_copy(0, moved, quats),
+        )
+
+    def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
+        if not self.correction.requires_grad or len(self.correction) < 2:
+            return super().penalty(gaussians, own, frame)
+        path = torch.cat([self.correction.new_zeros(1, *self.correction.shape[1:]), self.correction])
+        return self.smoothness * path.diff(n=2, dim=0).square().sum(-1).mean()
+
+
+class Polynomial(Motion):
+    """Loose Gaussians on a cubic path of time, each alive around the frame at which it was seen.
+
+    mean(t) = mean + sum over k <= degree of b_k (t - tau)^k, turned by omega (t - tau), with the opacity times
+    exp(-((t - tau) / s)^2): the motion of SpacetimeGaussians (Li et al. 2023, arXiv 2312.16812, eq. 6-9). t in frames
+    over `frames`. tau is fixed, b, omega and s are learned.
+
+    Args:
+        frames: T of the scene.
+        lifetime: initial s in frames.
+        speed: weight of the mean squared displacement over one frame, in pixels of 1 cm.
+    """
+
+    name = "polynomial"
+
+    def __init__(self, frames: int, *, degree: int = 3, lifetime: float = 1.0, speed: float = 1e-3):
+        super().__init__()
+        self.frames, self.degree, self.lifetime, self.speed = frames, degree, lifetime, speed
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("frames", "degree", "lifetime", "speed")}
+
+    def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
+        n, zeros = len(gaussians), gaussians.means.new_zeros
+        return {
+            "path": zeros(n, self.degree, 3),
+            "turn": zeros(n, 3),
+            "life": torch.full_like(gaussians.opacities, self.lifetime).log(),
+            "born": born.to(gaussians.means.dtype),
+        }
+
+    def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
+        loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
+        if not len(loose):
+            return gaussians
+        passed = frame - own["born"][loose]
+        powers = torch.stack([(passed / self.frames) ** (k + 1) for k in range(self.degree)], -1)
+        shift = torch.einsum("nk,nkj->nj", powers, own["path"][loose])
+        turn = rotations.from_vector(own["turn"][loose] * (passed / self.frames)[:, None])
+        alive = F.logsigmoid(gaussians.opacities[loose]) - (passed / own["life"][loose].exp()).square()
+        return gaussians.replace(
+            means=gaussians.means.index_add(0, loose, shift),
+            quats=gaussians.quats.index_copy(0, loose, rotations.multiply(turn, gaussians.quats[loose])),
+            opacities=gaussians.opacities.index_copy(0, loose, _logit_of_log(alive)),
+        )
+
+    def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
+        loose = gaussians.body == LOOSE
+        if not loose.any():
+            return super().penalty(gaussians, own, frame)
+        return self.speed * (own["path"][loose][:, 0] / self.frames / 0.01).square().sum(-1).mean()
+
+
+def _logit_of_log(log: Tensor) -> Tensor:
+    """logit(p) of log p, finite however small p is."""
+    log = log.clamp(-40.0, -1e-6)
+    return log - torch.log(-torch.expm1(log))
+
+
+class HexPlane(Motion):
+    """Loose Gaussians displaced by a small field of space and time.
+
+    Features are the product of what six planes (xy xz yz xt yt zt) hold at the place, at two resolutions; a small
+    network turns them into a shift, a turn and a change of size (Cao and Johnson 2023, arXiv 2301.09632; its use for
+    Gaussians: Wu et al. 2023, arXiv 2310.08528).
+
+    Args:
+        low, high: ``[3]`` box of the loose Gaussians, metres.
+        frames: T of the scene.
+        resolution: cells of a side of the coarser planes; time has one cell for every two frames.
+        channels, width: of the planes and of the network.
+        smoothness: weight of the squared second difference of the planes along time, and of the first in space.
+    """
+
+    name = "hexplane"
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, low: Tensor, high: Tensor, frames: int, *, resolution: int = 16, channels: int = 16, width: int = 64,
+        smoothness: float = 1e-3, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        self._settings = {
+            "frames": frames, "resolution": resolution, "channels": channels, "width": width, "smoothness": smoothness,
+            "seed": seed,
+        }  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        margin = 0.1 * (high - low).clamp_min(0.05)
+        self.register_buffer("low", (low - margin).float())
+        self.register_buffer("high", (high + margin).float())
+        self.frames, self.smoothness = frames, smoothness
+        steps = max(2, frames // 2)
+        self.planes = nn.ParameterList()
+        for scale in (1, 2):
+            sides = (resolution * scale,) * 3 + (steps * scale,)
+            for a, b in PLANES:
+                shape = (1, channels, sides[b], sides[a])
+                # Planes of time start at one: at first nothing moves.
+                start = torch.ones(shape) if b == 3 else 0.1 + 0.4 * torch.rand(shape, generator=generator)
+                self.planes.append(nn.Parameter(start))
+        layers = [nn.Linear(2 * channels, width), nn.Linear(width, width), nn.Linear(width, 9)]
+        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        for layer in layers:
+            bound = layer.in_features**-0.5
+            layer.weight.data.uniform_(-bound, bound, generator=generator)
+            layer.bias.data.zero_()
+        layers[-1].weight.data.mul_(0.01)
+
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
+        loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
+        if not len(loose):
+            return gaussians
+        shift, turn, grow = self.net(self._features(gaussians.means[loose], frame)).split(3, -1)
+        turned = rotations.multiply(rotations.from_vector(turn), gaussians.quats[loose])
+        return gaussians.replace(
+            means=gaussians.means.index_add(0, loose, shift),
+            quats=gaussians.quats.index_copy(0, loose, turned),
+            scales=gaussians.scales.index_add(0, loose, grow),
+        )
+
+    def _features(self, means: Tensor, frame: int) -> Tensor:
+        place = 2 * (means.detach() - self.low) / (self.high - self.low) - 1
+        time = place.new_full((len(place), 1), 2 * frame / max(1, self.frames - 1) - 1)
+        at = torch.cat([place, time], -1)
+        found = []
+        for scale in range(2):
+            product: Any = 1.0
+            for plane, (a, b) in zip(self.planes[6 * scale : 6 * scale + 6], PLANES, strict=True):
+                grid = at[:, (a, b)].view(1, 1, -1, 2)
+                product = (
+                    product * F.grid_sample(plane, grid, align_corners=True, padding_mode="border")[0, :, 0]
+                )
+            found.append(product)
+        return torch.cat(found).T
+
+    def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
+        total = gaussians.means.new_zeros(())
+        for index, plane in enumerate(self.planes):
+            if PLANES[index % 6][1] == 3:
+                total = total + plane.diff(n=2, dim=2).square().mean() if plane.shape[2] > 2 else total
+            else:
+                total = total + plane.diff(dim=2).square().mean() + plane.diff(dim=3).square().mean()
+        return self.smoothness * total
+
+
+class Tracked(Motion):
+    """Loose Gaussians with a place and a turn of their own at every frame, held together by their neighbours.
+
+    Rigidity as in Dynamic 3D Gaussians (Luiten et al. 2023, arXiv 2308.09713, eq. 8): what lies beside a Gaussian keeps
+    its place in the Gaussian's own axes from one frame to the next.
+
+    Args:
+        frames: T of the scene.
+        neighbours: how many nearest Gaussians count.
+        rigidity: weight of that loss, in squared centimetres.
+    """
+
+    name = "tracked"
+
+    def __init__(self, frames: int, *, neighbours: int = 8, rigidity: float = 0.5):
+        super().__init__()
+        self.frames, self.neighbours, self.rigidity = frames, neighbours, rigidity
+        self._near: Tensor | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("frames", "neighbours", "rigidity")}
+
+    def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
+        n = len(gaussians)
+        self._near = None
+        return {"steps": gaussians.means.new_zeros(n, self.frames - 1, 6)}
+
+    def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
+        loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
+        if frame == 0 or not len(loose):
+            return gaussians
+        shift, turn = own["steps"][loose, frame - 1].split(3, -1)
+        turned = rotations.multiply(rotations.from_vector(turn), gaussians.quats[loose])
+        return gaussians.replace(
+            means=gaussians.means.index_add(0, loose, shift),
+            quats=gaussians.quats.index_copy(0, loose, turned),
+        )
+
+    def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
+        loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
+        if frame == 0 or len(loose) < 2:
+            return super().penalty(gaussians, own, frame)
+        near = self._neighbours(gaussians.means[loose].detach())
+        now, before = (self(gaussians, own, f) for f in (frame, frame - 1))
+        turn = rotations.to_matrix(
+            rotations.multiply(
+                F.normalize(before.quats[loose], dim=-1),
+                F.normalize(now.quats[loose], dim=-1) * now.quats.new_tensor([1, -1, -1, -1]),
+            )
+        )
+        gap_now, gap_before = (x.means[loose][near] - x.means[loose][:, None] for x in (now, before))
+        stretched = torch.einsum("nij,nkj->nki", turn, gap_now) - gap_before
+        return self.rigidity * (stretched / 0.01).square().sum(-1).mean()
+
+    def _neighbours(self, means: Tensor) -> Tensor:
+        """Indices ``[n, k]`` of the nearest others at frame 0, found once."""
+        if self._near is None or len(self._near) != len(means):
+            k = min(self.neighbours, len(means) - 1)
+            rows = [torch.cdist(part, means).topk(k + 1, largest=False).indices for part in means.split(1024)]
+            self._near = torch.cat(rows)[:, 1:]
+        return self._near
+
+
+class Together(Motion):
+    """Rigid bodies by one model and everything loose by another."""
+
+    name = "together"
+
+    def __init__(self, *parts: Motion):
+        super().__init__()
+        self.parts: Sequence[Motion] = nn.ModuleList(parts)  # type: ignore[assignment]
+
+    def settings(self) -> dict[str, Any]:
+        return {"parts": [describe_motion(part) for part in self.parts]}
+
+    def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for part in self.parts:
+            found |= part.start(gaussians, born)
+        return found
+
+    def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
+        for part in self.parts:
+            gaussians = part(gaussians, own, frame)
+        return gaussians
+
+    def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
+        return torch.stack([part.penalty(gaussians, own, frame) for part in self.parts]).sum()
+
+
+GENERIC: dict[str, Callable[[Gaussians, int], Motion]] = {
+    "static": lambda gaussians, frames: Motion(),
+    "polynomial": lambda gaussians, frames: Polynomial(frames),
+    "hexplane": lambda gaussians, frames: HexPlane(*_box(gaussians), frames),
+    "tracked": lambda gaussians, frames: Tracked(frames),
+}
+MODELS = ("rigid", *GENERIC)
+
+
+def _box(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
+    loose = gaussians.means[gaussians.body == LOOSE]
+    loose = loose if len(loose) else gaussians.means
+    return loose.amin(0).detach(), loose.amax(0).detach()
+
+
+def make_motion(name: str, gaussians: Gaussians, frames: int, poses: Tensor | None = None) -> Motion:
+    """The model `name` of :data:`MODELS` for such Gaussians over `frames` frames; `rigid` needs `poses` [T, n, 4, 4].
+
+    Raises ValueError for an unknown name (the closest is given) and for a rigid model without poses.
+    """
+    if name not in MODELS:
+        raise ValueError(
+            f"motion: expected one of {', '.join(MODELS)}, got {name!r}; {closest(name, MODELS)}"
+        )
+    if name != "rigid":
+        return GENERIC[name](gaussians, frames)
+    if poses is None:
+        raise ValueError(
+            "motion: expected poses of the bodies for rigid, got none; use hexplane or polynomial"
+        )
+    return Rigid(poses)
+
+
+def describe_motion(motion: Motion) -> dict[str, Any]:
+    """A model's name and settings as JSON."""
+    return {"name": motion.name, **motion.settings()}
+
+
+def restore_motion(
+    described: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "motion."
+) -> Motion:
+    """The model that `describe_motion` described, whose state is to be loaded from `tensors` afterwards."""
+    settings = {key: value for key, value in described.items() if key != "name"}
+    name = described["name"]
+    if name == "together":
+        parts = enumerate(settings["parts"])
+        return Together(*(restore_motion(part, tensors, f"{prefix}parts.{i}.") for i, part in parts))
+    if name == "rigid":
+        return Rigid(tensors[f"{prefix}poses"], **settings)
+    if name == "hexplane":
+        return HexPlane(tensors[f"{prefix}low"], tensors[f"{prefix}high"], **settings)
+    plain = {"static": Motion, "polynomial": Polynomial, "tracked": Tracked}
+    if name not in plain:
+        raise ValueError(f"motion: expected one of {', '.join((*MODELS, 'together'))}, got {name!r}")
+    return plain[name](**settings)

@@ -1,0 +1,124 @@
+"""From what cameras saw to a 4D scene: choose how it moves, start, fit, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dataengine.fit import Callback, Fit, fit
+from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
+from dataengine.motion import MODELS, make_motion
+from dataengine.quality import psnr, ssim
+from dataengine.scene import Scene
+from dataengine.storage import AnyPath
+from dataengine.views import Views
+
+STILL = 1e-3  # share of moving pixels below which nothing moves
+GENERIC = (
+    "polynomial"  # of the models that need no poses, the one with the best moving pixels in `docs/data.md`
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How to reconstruct.
+
+    Attributes:
+        motion: `auto` (see `choose_motion`) or one of :data:`dataengine.motion.MODELS`.
+        spacing: side of a cell in pixels, of which every one that depth shows starts a Gaussian.
+        degree: of the spherical harmonics of the colour.
+        fit: the optimisation.
+    """
+
+    motion: str = "auto"
+    spacing: float = 1.5
+    degree: int = 0
+    fit: Fit = field(default_factory=Fit)
+
+
+def choose_motion(views: Views) -> str:
+    """`rigid` where bodies and their pixels are known; `static` where less than a thousandth of all pixels move; else the
+    best of the models that need neither, `polynomial`."""
+    if views.bodies is not None and views.body_ids is not None:
+        return "rigid"
+    return "static" if moving_pixels(views).float().mean() < STILL else GENERIC
+
+
+def reconstruct(
+    views: Views,
+    settings: Reconstruction | None = None,
+    *,
+    folder: AnyPath | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Scene:
+    """A scene fitted to `views`; in `folder` it goes on where it was stopped.
+
+    Raises ValueError for fewer than two views, views that do not overlap, or a motion that they do not allow.
+    """
+    settings = settings or Reconstruction()
+    if len(views.names) < 2:
+        raise ValueError(
+            f"views: expected at least 2, got {len(views.names)}; one view says nothing about depth"
+        )
+    scene = begin(views, settings)
+    plan = settings.fit if views.depth is not None else replace(settings.fit, densify=True)
+    fit(scene, views, plan, folder=folder, callbacks=callbacks)
+    return scene
+
+
+def begin(views: Views, settings: Reconstruction) -> Scene:
+    """The scene that a fit starts from."""
+    name = choose_motion(views) if settings.motion == "auto" else settings.motion
+    poses = None if views.bodies is None else torch.from_numpy(views.bodies.poses).float()
+    start = _start(views, name, poses, settings)
+    motion = make_motion(name, start.gaussians, len(views), poses)
+    return Scene(start.gaussians, motion, len(views), start.born)
+
+
+def _start(views: Views, name: str, poses: Tensor | None, settings: Reconstruction) -> Start:
+    if name not in MODELS:  # the sentence with the closest name
+        make_motion(name, from_frusta(views, 1).gaussians, 1)
+    if views.depth is None:
+        return from_frusta(views)
+    if name == "rigid":
+        return from_depth(views, views.body_ids, poses, spacing=settings.spacing, degree=settings.degree)
+    if name == "static":
+        still = torch.zeros(views.images.shape[:-1], dtype=torch.long)
+        return from_depth(views, still, spacing=settings.spacing, degree=settings.degree)
+    frames = "first" if name == "tracked" else "born"
+    return from_depth(views, spacing=settings.spacing, degree=settings.degree, generic=frames)
+
+
+@torch.no_grad()
+def measure(scene: Scene, views: Views, moving: Tensor | None = None) -> dict[str, float]:
+    """How well `scene` shows what `views` saw: means over frames and views.
+
+    psnr, ssim; moving_psnr over the pixels `moving` ``[T, V, H, W]`` of all frames together; cover, the mean alpha;
+    depth_cm, the median error of depth in centimetres where the views have depth.
+    """
+    pictures, depths, alphas = render_all(scene, views)
+    ours, true = pictures.movedim(-1, 2), views.images.movedim(-1, 2)
+    found = {"psnr": float(psnr(ours, true).mean()), "ssim": float(ssim(ours, true).mean())}
+    if moving is not None and moving.any():
+        error = (ours - true).square().mean(2)[moving].double().mean()
+        found["moving_psnr"] = float(-10 * error.log10())
+    found["cover"] = float(alphas.mean())
+    if views.depth is not None:
+        known = views.depth > 0
+        found["depth_cm"] = 100 * float((depths - views.depth).abs()[known].median())
+    return found
+
+
+@torch.no_grad()
+def render_all(scene: Scene, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+    """Images ``[T, V, H, W, 3]`` in [0, 1], depth and alpha ``[T, V, H, W]`` from the cameras of `views`, every frame."""
+    frames = [scene.render(views.cameras, frame) for frame in range(scene.frames)]
+    images = torch.stack([frame.images for frame in frames]).clamp(0, 1)
+    return (
+        images,
+        torch.stack([frame.depth for frame in frames]),
+        torch.stack([frame.alpha for frame in frames]),
+    )
