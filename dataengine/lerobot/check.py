@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dataengine.errors import DatasetError
-from dataengine.lerobot import files, layout
+from dataengine.lerobot import files
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.video import count_frames
 
@@ -56,7 +56,7 @@ def _video_problems(dataset: EpisodeDataset, meta: EpisodeMeta, owners: Counter)
     for key, video in meta.videos.items():
         if owners[(key, *video[:2])] > 1:
             continue
-        path = meta.video_path(dataset.root, key, dataset.info.get("video_path", layout.VIDEO_PATH))
+        path = dataset.video_path(meta, key)
         if key in meta.checksums and files.checksum(path) != meta.checksums[key]:
             found.append(
                 f"{path}: expected the bytes that were written for episode {meta.index}, got others (CRC-32 "

@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DatasetError(
-            f"{path}: expected this file in a LeRobot v3 dataset, found none; is the root right?", path=path
+            f"{path}: expected this file in a LeRobot dataset, found none; is the root right?", path=path
         ) from None
     except (OSError, ValueError) as cause:
         raise DatasetError(

@@ -54,6 +54,13 @@ class DatasetFolder:
                 "another root",
                 path=self.root,
             )
+        if info_path.exists() and not str(
+            version := files.read_json(info_path).get("codebase_version")
+        ).startswith("v3"):
+            raise DatasetError(
+                f"{self.root}: expected a LeRobot v3 dataset to append to, got {version}; choose another root",
+                path=info_path,
+            )
         episodes = metadata.read_episode_table(self.root)
         self.episodes = sorted(episodes.values(), key=lambda e: e.index)
         if self.episodes:  # a dataset without episodes binds nobody

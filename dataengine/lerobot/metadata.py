@@ -118,12 +118,13 @@ class EpisodeMeta:
 
     @property
     def file(self) -> dict[str, int]:
-        return {"chunk_index": self.chunk_index, "file_index": self.file_index}
+        """What path templates ask for, those of v3 (files) and v2 (one file per episode)."""
+        return _places(self.chunk_index, self.file_index, self.index)
 
     def video_path(self, root: Path, key: str, template: str = layout.VIDEO_PATH) -> Path:
         """The video file that holds ``key`` of this episode."""
         chunk, file, _, _ = self.videos[key]
-        return root / template.format(video_key=key, chunk_index=chunk, file_index=file)
+        return root / template.format(video_key=key, **_places(chunk, file, self.index))
 
     def to_row(self) -> dict[str, Any]:
         """LeRobot's columns."""
@@ -176,6 +177,10 @@ class EpisodeMeta:
                 k: row[f"videos/{k}/crc32"] for k in videos if row.get(f"videos/{k}/crc32") is not None
             },
         )
+
+
+def _places(chunk: int, file: int, episode: int) -> dict[str, int]:
+    return {"chunk_index": chunk, "file_index": file, "episode_chunk": chunk, "episode_index": episode}
 
 
 def read_episode_table(root: Path, damaged: list[str] | None = None) -> dict[int, EpisodeMeta]:

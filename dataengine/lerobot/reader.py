@@ -1,4 +1,4 @@
-"""Read LeRobot v3.0 datasets, ours and others': one file per episode or many episodes in shared files."""
+"""Read LeRobot datasets, v3.0 of ours and others (one file per episode or many in shared files), and v2.0 and v2.1."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from dataengine.bodies import Bodies
 from dataengine.cameras import Cameras
 from dataengine.errors import DatasetError, closest, damaged
-from dataengine.lerobot import files, layout, metadata
+from dataengine.lerobot import files, layout, metadata, version2
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.pictures import decode_ids, decode_image
+from dataengine.lerobot.sidecar import read_sidecar, sidecar_cameras
 from dataengine.lerobot.stats import column_array
 from dataengine.lerobot.video import DepthCodec, read_window
 
@@ -30,7 +31,7 @@ class Episode:
         images: view -> uint8 ``[T, H, W, 3]``.
         state: float32 ``[T, S]``; row t is observation t.
         action: float32 ``[T, A]``; row t is the action taken at observation t.
-        cameras: poses ``[T, V, ...]``, or None where the dataset has none.
+        cameras: poses ``[T, V, ...]``, of its columns or else of ``meta/cameras.json``, or None where there are none.
         depth: view -> float32 ``[T, H, W]`` metres, or None.
         segmentation: view -> int32 ``[T, H, W]`` ids, -1 for nothing, or None.
         bodies: names and poses ``[T, n, 4, 4]`` of rigid bodies, or None.
@@ -82,10 +83,10 @@ class EpisodeDataset:
     """Episodes on disk; holds only metadata, decodes on demand, pickles cheaply (for data-loader workers).
 
     Args:
-        root: folder of a LeRobot v3.0 dataset.
+        root: folder of a LeRobot dataset, v3.0, v2.1 or v2.0.
 
     Raises:
-        DatasetError: no dataset there, or its ``info.json`` or ``tasks.parquet`` cannot be read. Damage to a
+        DatasetError: no dataset there, or its ``info.json``, tasks or ``cameras.json`` cannot be read. Damage to a
             single episode shows when that episode is read; the others stay readable.
     """
 
@@ -99,9 +100,16 @@ class EpisodeDataset:
         self.info = files.read_json(self.root / layout.INFO_PATH)
         self._check_info()
         self.fps = float(self.info["fps"])
-        self.tasks = tuple(metadata.read_tasks(self.root))
         self._damaged: list[str] = []
-        self._episodes = metadata.read_episode_table(self.root, self._damaged)
+        self._sidecar = read_sidecar(self.root)
+        if version2.is_version2(self.info):
+            self.tasks = tuple(version2.read_tasks(self.root))
+            self._episodes = version2.read_episodes(self.root, self.info)
+            self._paths = version2.DATA_PATH, version2.VIDEO_PATH
+        else:
+            self.tasks = tuple(metadata.read_tasks(self.root))
+            self._episodes = metadata.read_episode_table(self.root, self._damaged)
+            self._paths = layout.DATA_PATH, layout.VIDEO_PATH
         # a killed writer leaves info.json one episode behind; lost meta files leave it ahead
         self._length = max([e + 1 for e in self._episodes] + [int(self.info["total_episodes"])])
 
@@ -112,11 +120,10 @@ class EpisodeDataset:
                 raise DatasetError(
                     f"{path}: expected the key {key!r}, found none; restore this file from a copy", path=path
                 )
-        if not str(self.info["codebase_version"]).startswith("v3"):
+        if not str(self.info["codebase_version"]).startswith(("v3", "v2.")):
             version = self.info["codebase_version"]
             raise DatasetError(
-                f"{path}: expected a LeRobot v3 dataset, got {version}; convert it with LeRobot's own "
-                "converter",
+                f"{path}: expected a LeRobot v3 or v2 dataset, got {version}; convert it with LeRobot's own converter",
                 path=path,
             )
 
@@ -228,24 +235,33 @@ class EpisodeDataset:
         return table
 
     def _data_path(self, meta: EpisodeMeta) -> Path:
-        return self.root / self.info.get("data_path", layout.DATA_PATH).format(**meta.file)
+        return self.root / (self.info.get("data_path") or self._paths[0]).format(**meta.file)
+
+    def video_path(self, meta: EpisodeMeta, key: str) -> Path:
+        """The video file that holds a feature of an episode."""
+        return meta.video_path(self.root, key, self.info.get("video_path") or self._paths[1])
 
     def _pictures(self, key: str, table: pa.Table, meta: EpisodeMeta, start: int, count: int) -> NDArray[Any]:
         if self.features[key]["dtype"] == "image":
-            return np.stack([decode_image(cell["bytes"]) for cell in table[key].to_pylist()])
+            return np.stack([decode_image(self._cell(cell)) for cell in table[key].to_pylist()])
         if key not in meta.videos:
             raise damaged(self.root / "meta" / "episodes", meta.index, 0, f"no video file listed for {key}")
-        template = self.info.get("video_path", layout.VIDEO_PATH)
         offset = round(meta.videos[key][2] * self.fps)
         depth = self._depth_codec(key) if self._is_depth(key) else None
         return read_window(
-            meta.video_path(self.root, key, template),
+            self.video_path(meta, key),
             fps=self.fps,
             first=offset + start,
             count=count,
             episode=meta.index,
             depth=depth,
         )
+
+    def _cell(self, cell: dict[str, Any]) -> bytes:
+        """The bytes of a picture in a row; some writers keep only the path of a file in the dataset."""
+        if not cell["bytes"] and cell.get("path") and (self.root / cell["path"]).is_file():
+            return (self.root / cell["path"]).read_bytes()
+        return cell["bytes"]
 
     def _depth_codec(self, key: str) -> DepthCodec:
         codec = DepthCodec.from_info(self.features[key])
@@ -271,7 +287,7 @@ class EpisodeDataset:
             images={v: self._pictures(self._view_keys[v], table, meta, start, count) for v in names},
             state=vectors.pop(layout.STATE, empty).astype(np.float32),
             action=vectors.pop(layout.ACTION, empty).astype(np.float32),
-            cameras=self._cameras(vectors, names),
+            cameras=self._cameras(vectors, names, count),
             depth=self._depth(meta, start, table, names),
             segmentation=_id_pictures(layout.SEGMENTATION, columns, names),
             task=self.tasks[task_index] if task_index < len(self.tasks) else meta.tasks[0],
@@ -289,17 +305,35 @@ class EpisodeDataset:
             body_ids=_id_pictures(layout.BODY_IDS, columns, names),
         )
 
+    def picture_size(self, view: str) -> tuple[int, int]:
+        """(height, width) of a view in pixels; datasets ported to v2.0 list the channels first."""
+        feature = self.features[self._view_keys[view]]
+        names = [str(n).removesuffix("s") for n in feature.get("names") or ()]
+        shape = list(feature["shape"])
+        if names[:1] == ["channel"] or (not names and shape[0] in (1, 3) and shape[-1] not in (1, 3)):
+            shape = [*shape[1:], shape[0]]
+        return int(shape[0]), int(shape[1])
+
     def _bodies(self, vectors: dict[str, NDArray[Any]]) -> Bodies | None:
         return Bodies.from_vectors(self.bodies, vectors[layout.BODY_POSES]) if self.bodies else None
 
-    def _cameras(self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...]) -> Cameras | None:
+    def _cameras(
+        self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...], count: int
+    ) -> Cameras | None:
         keys = [f"{layout.CAMERA}{v}." for v in names]
-        if not names or any(k + "extrinsics" not in vectors for k in keys):
+        if not names:
             return None
+        if any(k + "extrinsics" not in vectors for k in keys):
+            sizes = {name: self.picture_size(name) for name in names}
+            return (
+                None
+                if self._sidecar is None
+                else sidecar_cameras(self.root, self._sidecar, names, sizes, count)
+            )
         poses = np.stack([vectors[k + "extrinsics"].reshape(-1, 4, 4) for k in keys], axis=1)
         matrices = np.stack([vectors[k + "intrinsics"].reshape(-1, 3, 3) for k in keys], axis=1)
-        height, width = self.features[self._view_keys[names[0]]]["shape"][:2]
-        return Cameras(names, matrices, poses, int(width), int(height))
+        height, width = self.picture_size(names[0])
+        return Cameras(names, matrices, poses, width, height)
 
     def _depth(
         self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]

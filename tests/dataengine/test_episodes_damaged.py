@@ -169,7 +169,7 @@ def test_damaged_segmentation_names_file_and_episode(open_writer, make_frame):
         (lambda root: shutil.rmtree(root), "expected a dataset folder, found none; record one first"),
         (
             lambda root: (root / "meta/info.json").unlink(),
-            r"meta/info\.json: expected this file in a LeRobot v3 dataset",
+            r"meta/info\.json: expected this file in a LeRobot dataset",
         ),
         (
             lambda root: truncate(root / "meta/info.json"),
@@ -190,8 +190,8 @@ def test_dataset_that_cannot_be_opened(dataset_root, spoil, sentence):
 
 def test_old_version_is_refused(dataset_root):
     path = dataset_root / "meta/info.json"
-    path.write_text(path.read_text().replace("v3.0", "v2.1"))
-    with pytest.raises(DatasetError, match=r"expected a LeRobot v3 dataset, got v2\.1; convert it"):
+    path.write_text(path.read_text().replace("v3.0", "v1.6"))
+    with pytest.raises(DatasetError, match=r"expected a LeRobot v3 or v2 dataset, got v1\.6; convert it"):
         EpisodeDataset(dataset_root)
 
 
