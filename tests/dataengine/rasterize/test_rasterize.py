@@ -411,6 +411,14 @@ def test_the_default_strategy_of_gsplat_densifies_on_top():
     assert len(params["means"]) > 80
 
 
+def test_the_kernels_were_written_against_this_version_of_the_vectors():
+    """numba's cache does not see the other file: raise SIMD with its VERSION."""
+    ours, vectors = (
+        pytest.importorskip(f"{name}.simd") for name in ("dataengine.rasterize", "sparse_core.kernels")
+    )
+    assert ours.SIMD == vectors.VERSION
+
+
 def test_importing_pulls_in_no_backend():
     code = "import sys, dataengine.rasterize; print(*({'numba', 'gsplat', 'triton'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
