@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dataengine.rasterize import simd
 from dataengine.rasterize.steps import Projected, Settings, Splats
+from sparse_core.kernels.compiled import cached
 from sparse_core.kernels.threads import split
 
 BLOCK = 256  # Gaussians of a task
@@ -30,7 +31,7 @@ TWO, TWO_MIDDLE, TWO_LAST = math.sqrt(15 / (4 * PI)), math.sqrt(5 / (16 * PI)), 
 THREE_A, THREE_B, THREE_C = math.sqrt(35 / (32 * PI)), math.sqrt(105 / (4 * PI)), math.sqrt(21 / (32 * PI))
 THREE_D, THREE_E = math.sqrt(7 / (16 * PI)), math.sqrt(105 / (16 * PI))
 
-kernel = njit(cache=True, nogil=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
+kernel = cached(nogil=True, no_cfunc_wrapper=True)
 part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 

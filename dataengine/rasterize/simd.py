@@ -23,6 +23,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sparse_core.kernels.compiled import cached
 from sparse_core.kernels.simd import EXP, LN2_HIGH, LN2_LOW, LOG2E, MAGIC, VL
 
 SIMD = 3  # `sparse_core.kernels.simd.VERSION` that this file was written against
@@ -39,7 +40,7 @@ THRESHOLD, MOST, STOP = 1 / 255, 0.999, 1e-4
 
 INT, WORD = ir.IntType(64), ir.IntType(32)
 
-kernel = njit(cache=True, nogil=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
+kernel = cached(nogil=True, no_cfunc_wrapper=True)
 # A function that only kernels call: it needs no way in from Python, and lies in their cache.
 part = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
