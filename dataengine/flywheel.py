@@ -8,6 +8,7 @@ and beside any generator run the controls that need none.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +22,8 @@ from torch.nn import functional as F
 
 from dataengine.cameras import Cameras
 from dataengine.fit import Fit, fit
-from dataengine.gaussians import STATIC, Gaussians
 from dataengine.generators import ConstantFill, Generator, Identity, Oracle, Renders, Repaired
+from dataengine.growth import grown
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.reconstruct import Reconstruction, begin, measure, render_all
 from dataengine.scene import Scene
@@ -114,7 +115,7 @@ def flywheel(
             pseudo = as_views(repaired, cameras, views, settings.weight)
             joined = views.join(pseudo)
             if settings.grow:
-                scene = grown(scene, pseudo, renders.alpha, settings.start.spacing)
+                scene = grown(scene, pseudo, renders.alpha, views, settings.start.spacing)
         plan = replace(settings.refit, seed=settings.refit.seed + number)
         fit(scene, joined, plan)
         log.append(record(scene, views, held_out, number, began) | told)
@@ -176,31 +177,6 @@ def as_views(repaired: Repaired, cameras: Cameras, views: Views, weight: float) 
     )  # fmt: skip
 
 
-def grown(scene: Scene, pseudo: Views, alpha: Tensor, spacing: float) -> Scene:
-    """The scene with static Gaussians where `pseudo` shows a surface at frame 0 and the scene covers less than half."""
-    if pseudo.depth is None or pseudo.confidence is None:
-        return scene
-    empty = (alpha[0] < 0.5) & (pseudo.depth[0] > 0) & (pseudo.confidence[0] > 0.1)
-    step = max(1, round(spacing))
-    empty &= _every(empty.shape[-2:], step)
-    if not empty.any():
-        return scene
-    still = pseudo.cameras.at(0)
-    points = torch.from_numpy(still.unproject(pseudo.depth[0].numpy())).float()[empty]
-    focal = float(still.intrinsics[0, 0, 0])
-    size = 0.5 * spacing * pseudo.depth[0][empty] / focal
-    body = torch.full((len(points),), STATIC)
-    more = Gaussians.from_points(
-        points, pseudo.images[0][empty], size, body=body, degree=scene.canonical.degree
-    )
-    return scene.with_more(more)
-
-
-def _every(size: torch.Size, step: int) -> Tensor:
-    rows, columns = torch.arange(size[0]) % step == 0, torch.arange(size[1]) % step == 0
-    return rows[:, None] & columns
-
-
 def record(scene: Scene, views: Views, held_out: Views | None, number: int, began: float) -> dict[str, Any]:
     """The measures of a round."""
     found: dict[str, Any] = {
@@ -213,7 +189,8 @@ def record(scene: Scene, views: Views, held_out: Views | None, number: int, bega
     if held_out is not None:
         moving = None if held_out.body_ids is None else held_out.body_ids > 0
         found |= measure(scene, held_out, moving)
-        found["reprojection"] = reprojection_error(scene, views, held_out)
+        if held_out.depth is not None:
+            found |= reprojection_errors(scene, held_out)
     return found
 
 
@@ -234,37 +211,58 @@ def worse(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float)
 
 
 @torch.no_grad()
-def reprojection_error(scene: Scene, views: Views, held_out: Views) -> float:
-    """Mean absolute difference, 0 to 1, between what held-out cameras see and what real views show at the same points.
+def reprojection_errors(scene: Scene, held_out: Views) -> dict[str, float]:
+    """How far views disagree when pixels are carried from one held-out camera to another by the scene's own depth: mean
+    absolute difference of colour, 0 to 1, over all pixels whose true surface both cameras see.
 
-    The scene's depth at a held-out pixel gives a point; where a real view sees that point (its own depth there agrees
-    within 2 cm or 2 %), its colour must be that of the held-out picture. It grows with wrong geometry, and a pixel that no
-    view confirms counts as the difference to the mean colour, so that holes do not pay.
+    `reprojection` carries what the scene shows at the first camera and compares with the true picture of the second: are
+    made views right and do they fit the others? `reprojection_depth` carries the true picture instead, so that the
+    scene's depth alone is judged. A pixel where the scene has no surface, or one outside the second picture, goes
+    nowhere: it counts as what the scene shows against the truth, or the mean colour against the truth, so that holes do
+    not pay. Needs depth in `held_out`, which tells what both see.
     """
-    total, mean = [], views.images.mean((0, 1, 2, 3))
+    mean, errors = held_out.images.mean((0, 1, 2, 3)), {"reprojection": [], "reprojection_depth": []}
     for frame in range(scene.frames):
-        target, source = held_out.cameras.at(frame), views.cameras.at(frame)
-        there, here = (scene.render(cameras, frame) for cameras in (target, source))
-        points = torch.from_numpy(target.unproject(there.depth.numpy())).float()
-        best = (held_out.images[frame] - mean).abs().mean(-1)
-        confirmed = torch.zeros_like(best, dtype=torch.bool)
-        pixels, depth = source.project(points.reshape(-1, 3).numpy())
-        for view in range(len(source.names)):
-            place = (
-                torch.from_numpy(pixels[view]).float() / torch.tensor([source.width, source.height]) * 2 - 1
-            )
-            stack = torch.cat([views.images[frame, view].movedim(-1, 0), here.depth[view][None]])[None]
-            seen = F.grid_sample(stack, place.view(1, 1, -1, 2), align_corners=False)[0, :, 0].T.view(
-                *best.shape, 4
-            )
-            far = torch.from_numpy(depth[view]).float().view(best.shape)
-            inside = (place.abs() < 1).all(-1).view(best.shape) & (far > 0) & (there.alpha > 0.5)
-            same = inside & ((seen[..., 3] - far).abs() < 0.02 + 0.02 * far)
-            error = (seen[..., :3] - held_out.images[frame]).abs().mean(-1)
-            best = torch.where(same & (~confirmed | (error < best)), error, best)
-            confirmed |= same
-        total.append(best.mean())
-    return float(torch.stack(total).mean())
+        cameras = held_out.cameras.at(frame)
+        shown = scene.render(cameras, frame)
+        surface = torch.where(shown.alpha > 0.5, shown.depth, 0.0)
+        for a, b in itertools.permutations(range(len(cameras.names)), 2):
+            true, depth = held_out.images[frame, a], _depth(held_out)[frame, a]
+            there, far, _ = carry(cameras, a, b, depth, held_out, frame)
+            shared = ((there[..., 3] - far).abs() < 0.02 + 0.02 * far) & (depth > 0)
+            other, _, inside = carry(cameras, a, b, surface[a], held_out, frame)
+            landed = (inside & (surface[a] > 0))[..., None]
+            made = shown.images[a].clamp(0, 1)
+            pictures = {
+                "reprojection": torch.where(landed, other[..., :3] - made, made - true),
+                "reprojection_depth": torch.where(landed, other[..., :3] - true, mean - true),
+            }
+            for name, difference in pictures.items():
+                errors[name].append(difference.abs().mean(-1)[shared])
+    joined = {name: torch.cat(parts) for name, parts in errors.items()}
+    return {name: float(values.mean()) for name, values in joined.items() if len(values)}
+
+
+def _depth(views: Views) -> Tensor:
+    if views.depth is None:
+        raise ValueError("views: expected depth, to know which cameras see the same surface, got none")
+    return views.depth
+
+
+def carry(
+    cameras: Cameras, a: int, b: int, depth: Tensor, views: Views, frame: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What view b shows at the points of `depth` ``[H, W]`` of view a: colour and depth ``[H, W, 4]``, the points' own
+    depth from there ``[H, W]``, and which lie in its picture."""
+    first, second = (cameras.select([cameras.names[i]]) for i in (a, b))
+    points = first.unproject(depth[None].numpy()).reshape(-1, 3)
+    pixels, far = (torch.from_numpy(x[0]).float() for x in second.project(points))
+    place = (pixels / torch.tensor([second.width, second.height]) * 2 - 1).nan_to_num(2.0).clamp(-2, 2)
+    far = far.view(depth.shape)
+    inside = (place.abs() < 1).all(-1).view(depth.shape) & (far > 0)
+    stack = torch.cat([views.images[frame, b], _depth(views)[frame, b][..., None]], -1).movedim(-1, 0)
+    seen = F.grid_sample(stack[None], place.view(1, *depth.shape, 2), mode="nearest", align_corners=False)
+    return seen[0].movedim(0, -1), far, inside
 
 
 def write_log(path: AnyPath, logs: Mapping[str, list[dict[str, Any]]], settings: Flywheel) -> Path:

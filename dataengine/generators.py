@@ -6,6 +6,7 @@ controls of the flywheel: whatever they reach needs no generative model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,31 +114,41 @@ class Restorer(nn.Module):
 
     It reads colour, alpha and filled inverse depth, and gives residuals of colour and inverse depth and its own expected
     error, from which the confidence follows. Deterministic: where the truth is open, it gives the mean of what may be.
+    Squares of 2 x 2 pixels are folded into channels, for holes are wide and full resolution costs most of the time.
+
+    Args:
+        width: channels of the finest level; level l has ``(l + 1) * width``.
     """
 
     name = "restorer"
+    FOLD, LEVELS = 2, 3
 
-    def __init__(self, width: int = 24):
+    def __init__(self, width: int = 32):
         super().__init__()
         self.width = width
-        self.enter = _convs(5, width)
-        self.down = nn.ModuleList([_convs(width, 2 * width, 2), _convs(2 * width, 3 * width, 2)])
-        self.up = nn.ModuleList([_convs(5 * width, 2 * width), _convs(3 * width, width)])
-        self.leave = nn.Conv2d(width, 5, 3, padding=1)
+        widths = [width * (level + 1) for level in range(self.LEVELS + 1)]
+        steps = list(itertools.pairwise(widths))
+        self.enter = _convs(5 * self.FOLD**2, width)
+        self.down = nn.ModuleList([_convs(fine, coarse, 2) for fine, coarse in steps])
+        self.up = nn.ModuleList([_convs(coarse + fine, fine) for fine, coarse in reversed(steps)])
+        self.leave = nn.Conv2d(width, 5 * self.FOLD**2, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on CPUs
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, 5, H, W] -> colour [B, 3, H, W], inverse depth [B, 1, H, W], expected error of colour [B, 1, H, W]."""
-        size = x.shape[-2:]
-        padded = F.pad(x, (0, -size[1] % 4, 0, -size[0] % 4), mode="replicate")
-        a = self.enter(padded)
-        b = self.down[0](a)
-        c = self.down[1](b)
-        b = self.up[0](torch.cat([F.interpolate(c, scale_factor=2), b], 1))
-        a = self.up[1](torch.cat([F.interpolate(b, scale_factor=2), a], 1))
-        out = self.leave(a)[..., : size[0], : size[1]]
+        (height, width), multiple = x.shape[-2:], self.FOLD * 2**self.LEVELS
+        padded = F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        found = self.enter(F.pixel_unshuffle(padded, self.FOLD).contiguous(memory_format=torch.channels_last))
+        finer = []
+        for down in self.down:
+            finer.append(found)
+            found = down(found)
+        for up in self.up:
+            found = up(torch.cat([F.interpolate(found, scale_factor=2.0), finer.pop()], 1))
+        out = F.pixel_shuffle(self.leave(found), self.FOLD)[..., :height, :width]
         return x[:, :3] + out[:, :3], x[:, 4:] + out[:, 3:4], F.softplus(out[:, 4:] - 3)
 
     @torch.no_grad()
@@ -183,7 +194,7 @@ def _inputs(renders: Renders) -> Tensor:
 
 
 def train_restorer(
-    pairs: Sequence[tuple[Renders, Views]], *, steps: int = 400, batch: int = 16, rate: float = 3e-3, width: int = 24,
+    pairs: Sequence[tuple[Renders, Views]], *, steps: int = 800, batch: int = 8, rate: float = 3e-3, width: int = 32,
     seed: int = 0, quiet: bool = False,
 ) -> Restorer:  # fmt: skip
     """Train a restorer on renders and the truth at their cameras, of scenes that it will not be judged on.
