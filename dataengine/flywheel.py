@@ -24,7 +24,7 @@ from dataengine.fit import Fit, fit
 from dataengine.gaussians import STATIC, Gaussians
 from dataengine.generators import ConstantFill, Generator, Identity, Oracle, Renders, Repaired
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
-from dataengine.reconstruct import Reconstruction, begin, measure, render_all
+from dataengine.reconstruct import Reconstruction, measure, reconstruct, render_all
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, atomic_write
 from dataengine.views import Views
@@ -126,9 +126,7 @@ def flywheel(
 
 def first_fit(views: Views, settings: Flywheel) -> Scene:
     """The scene of round 0, fitted to real views alone."""
-    scene = begin(views, settings.start)
-    fit(scene, views, settings.start.fit)
-    return scene
+    return reconstruct(views, settings.start)
 
 
 def with_controls(

@@ -257,8 +257,9 @@ def check_points(views: Views, points: NDArray[Any]) -> None:
 
 
 def repair(
-    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto", least: int = 2
-) -> tuple[Views, list[str]]:
+    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto", least: int = 2,
+    check: bool = True,
+) -> tuple[Views, list[str]]:  # fmt: skip
     """Views with what can be put right put right, and a sentence for everything that was changed.
 
     Args:
@@ -266,6 +267,7 @@ def repair(
         axes: how they are written, one of :data:`dataengine.captures.geometry.AXES`; ``"auto"`` lets the geometry say.
         depth_scale: what to multiply depth with; ``"auto"``: 0.001 or the factor to the poses where that is plain.
         least: views asked for.
+        check: refuse what is left.
 
     Raises:
         ValueError: the sentences of what is left, such as too few views, empty masks, or views that overlap no other.
@@ -279,7 +281,8 @@ def repair(
     if views.depth is not None and depth_scale != 1.0:
         views = replace(views, depth=views.depth * depth_scale)
         done.append(f"depth: multiplied by {depth_scale:.4g}")
-    check_views(views, least=least)
+    if check:
+        check_views(views, least=least)
     return views, done
 
 

@@ -324,6 +324,14 @@ class EpisodeDataset:
             shape = [*shape[1:], shape[0]]
         return int(shape[0]), int(shape[1])
 
+    def depth_range(self, view: str) -> tuple[float, float] | None:
+        """(near, far) in the unit of the stored depth of a view, None where it has no depth."""
+        key = layout.DEPTH + view
+        if key not in self.features:
+            return None
+        codec = self._depth_codec(key)
+        return codec.near, codec.far
+
     def _bodies(self, vectors: dict[str, NDArray[Any]]) -> Bodies | None:
         return Bodies.from_vectors(self.bodies, vectors[layout.BODY_POSES]) if self.bodies else None
 
