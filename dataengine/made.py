@@ -54,11 +54,13 @@ def writer_arguments(
 
 
 def _depth_range(dataset: EpisodeDataset, reading: Reading) -> tuple[float, float] | None:
-    """In metres: from the nearest to the farthest that any view holds, so that codes of one range come back as they are."""
+    """In metres: from the nearest to the farthest that any view holds, so that codes of one range stay as they are."""
     found = [r for name in reading.names if (r := dataset.depth_range(name)) is not None]
     if not found:
         return None
-    near, far = (reading.depth_scale * limit for limit in (min(r[0] for r in found), max(r[1] for r in found)))
+    near, far = (
+        reading.depth_scale * limit for limit in (min(r[0] for r in found), max(r[1] for r in found))
+    )
     return max(near, NEAREST), far
 
 
@@ -134,8 +136,8 @@ class MadeDataset:
         named = [row["episode"] for row in self.figures[: len(lengths)]]
         if lengths != wanted[: len(lengths)] or named != list(episodes[: len(lengths)]):
             raise ValueError(
-                f"{self.root}: expected its {len(lengths)} episodes to be the first of those asked for, got others; choose "
-                "another folder"
+                f"{self.root}: expected its {len(lengths)} episodes to be the first of those asked for, got others; "
+                "choose another folder"
             )
         del self.figures[len(lengths) :]  # of an episode that was not published
         return len(lengths)

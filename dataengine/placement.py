@@ -14,7 +14,10 @@ from dataengine.captures.geometry import focus
 Array = NDArray[np.float64]
 MARGIN = 30.0  # degrees of azimuth beyond the outermost cameras: further round, nobody has seen the scene
 RISE = 7.0  # degrees of elevation below the lowest and above the highest camera
-LOWEST, STEEPEST = 10.0, 80.0  # degrees: nearer to the ground things hide each other, straight down has no upright
+LOWEST, STEEPEST = (
+    10.0,
+    80.0,
+)  # degrees: nearer to the ground things hide each other, straight down has no upright
 GOLDEN = 0.618033988749895
 STILL = 1e-6  # metres, pixels: what moves less stands still
 AXES = np.concatenate([np.eye(3)[::-1], -np.eye(3)])  # z before y before x, up before down
@@ -78,8 +81,8 @@ def still_poses(cameras: Cameras) -> tuple[Array, Array]:
 def find_up(poses: Array) -> Array:
     """The vertical of the world ``[3]``, from cameras ``[N, 4, 4]`` that are held upright: their x axes are level.
 
-    The direction across all x axes, taken for an axis of the world within 5 degrees of one. Where the x axes are all alike,
-    as of cameras above each other, an axis of the world that is across them, z first; at last the mean of what the
+    The direction across all x axes, taken for an axis of the world within 5 degrees of one. Where the x axes are all
+    alike, as of cameras above each other, an axis of the world that is across them, z first; at last the mean of what the
     pictures call up.
     """
     right, tops = poses[:, :3, 0], -poses[:, :3, 1].mean(0)
@@ -105,7 +108,7 @@ def level_axes(up: Array) -> tuple[Array, Array]:
     start = np.eye(3)[0] if abs(up[0]) < 0.9 else np.eye(3)[2]
     x = start - (start @ up) * up
     x /= np.linalg.norm(x)
-    return x, np.cross(up, x)
+    return x, np.asarray(np.cross(up, x), np.float64)
 
 
 def direction(azimuth: float, elevation: float, up: Array) -> Array:

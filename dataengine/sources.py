@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,7 @@ def windows(length: int, longest: int) -> list[tuple[int, int]]:
         raise ValueError(f"window: expected at least 1 frame, got {longest}")
     count = -(-length // longest)
     bounds = [i * length // count for i in range(count + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def _posed_views(dataset: EpisodeDataset, episode: int) -> tuple[str, ...]:
@@ -125,7 +126,7 @@ def _check_sizes(dataset: EpisodeDataset, names: Sequence[str]) -> None:
         )
 
 
-def dataset_kind(path: Path) -> str:
+def source_kind(path: Path) -> str:
     """``dataset``, ``transforms`` or ``colmap``: what lies at `path`.
 
     Raises FileNotFoundError where nothing of these does.

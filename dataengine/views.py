@@ -127,7 +127,9 @@ class Views:
             for name, value in maps.items()
             if value is not None
         }
-        return replace(self, cameras=self.cameras.scaled_to(width, height), images=images.clamp(0, 1), **scaled)
+        return replace(
+            self, cameras=self.cameras.scaled_to(width, height), images=images.clamp(0, 1), **scaled
+        )
 
     def _cut(self, index: tuple[Any, ...]) -> dict[str, Tensor]:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

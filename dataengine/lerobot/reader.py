@@ -355,7 +355,9 @@ class EpisodeDataset:
             return Cameras(names, matrices, poses, width, height)
         except ValueError as cause:  # the file is sound, but what somebody wrote into it is no camera
             raise DatasetError(
-                f"{self.root}: episode {episode}: {cause}; write the poses anew", path=self.root, episode=episode
+                f"{self.root}: episode {episode}: {cause}; write the poses anew",
+                path=self.root,
+                episode=episode,
             ) from cause
 
     def _depth(

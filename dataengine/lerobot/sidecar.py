@@ -58,7 +58,9 @@ def read_cameras(path: Path, size: tuple[int, int]) -> Cameras:
     names = values["names"] if "camera_to_world" in values else list(table)
     found = _cameras_of(path, values, names, dict.fromkeys(names, size)) if names else None
     if found is None:
-        raise DatasetError(f"{path}: expected view -> camera, got no camera; write intrinsics and poses", path=path)
+        raise DatasetError(
+            f"{path}: expected view -> camera, got no camera; write intrinsics and poses", path=path
+        )
     try:
         return Cameras(tuple(names), *found, size[1], size[0])
     except ValueError as cause:
