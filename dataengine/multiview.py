@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataengine.cameras import Cameras
 from dataengine.episodes import EpisodeDataset, EpisodeWriter
-from dataengine.flywheel import Flywheel, first_fit, flywheel, look
+from dataengine.flywheel import CHANGED, Flywheel, first_fit, flywheel, look
 from dataengine.generators import Generator, Renders, fill_depth
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.made import MadeDataset, add_window, writer_arguments
@@ -32,7 +32,6 @@ from dataengine.sources import Reading, check, open_reading, windows
 from dataengine.storage import AnyPath
 from dataengine.views import Views
 
-CHANGED = 1.5 / 255  # a generator that changes no pixel by more than this has changed nothing
 RENDERED, GENERATED = PROVENANCE_LEGEND.index("rendered"), PROVENANCE_LEGEND.index("generated")
 
 
@@ -124,7 +123,8 @@ def multiply(
         "cover": dict(zip(cameras.names, cover.tolist(), strict=True)),
         "rounds": len(kept) - 1,
     }
-    made = finish(turned.scene, views, cameras, generator, repaired=len(kept) > 1)
+    repaired = any(record.get("changed", 0.0) > 0 for record in kept)
+    made = finish(turned.scene, views, cameras, generator, repaired=repaired)
     return Multiplied(views=made, figures=figures | {"seconds": time.perf_counter() - began})
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from dataengine.cameras import Cameras
 from dataengine.captures.check import find_conventions, find_problems, repair
 from dataengine.captures.geometry import WORDS, to_opencv
@@ -15,6 +17,7 @@ from dataengine.lerobot import layout
 from dataengine.views import Views
 
 MOMENTS = 16  # frames that the door looks at
+NEAR = 1e-4  # relative: less than half a code of depth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +29,21 @@ class Reading:
         size: (width, height) to bring pictures to, None for those on disk.
         axes: how poses are written, one of :data:`dataengine.captures.geometry.AXES`.
         depth_scale: metres per unit of depth.
+        nearest: stored depth that stands for "not known": the near end of its codes, which holds what is nearer too.
     """
 
     names: tuple[str, ...]
     size: tuple[int, int] | None = None
     axes: str = "opencv"
     depth_scale: float = 1.0
+    nearest: float = 0.0
 
     def views(self, episode: Episode) -> Views:
         """What the episode, or a window of it, shows."""
         views = Views.from_episode(episode, self.names)
+        if views.depth is not None:
+            known = views.depth > self.nearest * (1 + NEAR)
+            views = replace(views, depth=torch.where(known, views.depth, 0.0))
         if (self.axes, self.depth_scale) != ("opencv", 1.0):
             views, _ = repair(views, axes=self.axes, depth_scale=self.depth_scale, check=False)
         return views if self.size is None else views.scaled_to(*self.size)
@@ -69,7 +77,8 @@ def open_reading(
     if not len(dataset):
         raise ValueError(f"{dataset.root}: expected at least one episode, got none; record some first")
     chosen = tuple(names) or _posed_views(dataset, episode)
-    reading = Reading(names=chosen, size=size)
+    ends = [ends for name in chosen if (ends := dataset.depth_range(name)) is not None]
+    reading = Reading(names=chosen, size=size, nearest=max((near for near, _ in ends), default=0.0))
     if len(chosen) < 2:
         raise ValueError(
             f"{dataset.root}: expected at least 2 views with camera poses, got {len(chosen)} "
