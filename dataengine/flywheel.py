@@ -25,11 +25,12 @@ from dataengine.fit import Fit, fit
 from dataengine.generators import ConstantFill, Generator, Identity, Oracle, Renders, Repaired
 from dataengine.growth import grown
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
-from dataengine.reconstruct import Reconstruction, begin, measure, render_all
+from dataengine.reconstruct import Reconstruction, measure, reconstruct, render_all
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, atomic_write
 from dataengine.views import Views
 
+CHANGED = 1.5 / 255
 CONTROLS: dict[str, Callable[[], Generator | None]] = {
     "more_iterations": lambda: None,
     "self_distillation": Identity,
@@ -111,7 +112,7 @@ def flywheel(
         if generator is not None:
             renders = look(scene, cameras, len(views))
             repaired = generator.repair(renders, views, anchors)
-            told = judge(renders, repaired, anchors)
+            told = judge(renders, repaired, anchors) | {"changed": changed(renders.images, repaired.images)}
             pseudo = as_views(repaired, cameras, views, settings.weight)
             joined = views.join(pseudo)
             if settings.grow:
@@ -127,9 +128,7 @@ def flywheel(
 
 def first_fit(views: Views, settings: Flywheel) -> Scene:
     """The scene of round 0, fitted to real views alone."""
-    scene = begin(views, settings.start)
-    fit(scene, views, settings.start.fit)
-    return scene
+    return reconstruct(views, settings.start)
 
 
 def with_controls(
@@ -203,6 +202,11 @@ def judge(renders: Renders, repaired: Repaired, anchors: Views | None) -> dict[s
         "anchor_psnr_before": float(-10 * before.log10()),
         "anchor_psnr_after": float(-10 * after.log10()),
     }
+
+
+def changed(before: Tensor, after: Tensor) -> float:
+    """Share of pictures ``[T, V, H, W, 3]`` in which a generator changed any pixel by more than storing them does."""
+    return float(((after - before).abs().amax((2, 3, 4)) > CHANGED).float().mean())
 
 
 def worse(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float) -> bool:

@@ -7,7 +7,7 @@ controls of the flywheel: whatever they reach needs no generative model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dataengine.errors import closest
 from dataengine.storage import AnyPath, load_tensors, save_tensors
 from dataengine.views import Views
+
+RESTORER = Path(__file__).parent / "weights" / "restorer.safetensors"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,3 +236,39 @@ def train_restorer(
 def _true_depth(truth: Views) -> Tensor:
     depth = truth.images.new_zeros(truth.images.shape[:-1]) if truth.depth is None else truth.depth
     return depth.flatten(0, 1)[:, None]
+
+
+def load_restorer(path: AnyPath | None = None) -> Restorer:
+    """The restorer in a file that `Restorer.save` wrote, or the shipped one.
+
+    Raises FileNotFoundError where there is none, ValueError for another file.
+    """
+    place = RESTORER if path is None else Path(path)
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"{place}: expected the weights of a restorer, found none; train one with train_restorer, or take the "
+            "generator fill or none"
+        )
+    return Restorer.load(place)
+
+
+GENERATORS: dict[str, Callable[[], Generator | None]] = {
+    "none": lambda: None,
+    "fill": ConstantFill,
+    "restorer": load_restorer,
+}
+"""By the names that a user gives: renders as they are, the mean colour in holes, the shipped network."""
+
+
+def make_generator(name: str) -> Generator | None:
+    """The generator called `name`, None for ``none``; ValueError names the closest one where there is none."""
+    if name not in GENERATORS:
+        raise ValueError(
+            f"generator: expected one of {', '.join(GENERATORS)}, got {name!r}; {closest(name, GENERATORS)}"
+        )
+    return GENERATORS[name]()
+
+
+def default_generator() -> str:
+    """``restorer`` where its weights are there, else ``none``."""
+    return "restorer" if RESTORER.is_file() else "none"

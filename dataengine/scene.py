@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dataengine.cameras import Cameras
 from dataengine.gaussians import PARAMETERS, Gaussians
@@ -94,6 +95,13 @@ class Scene(nn.Module):
         """What `cameras` see at a frame; `options` go to the rasteriser."""
         return render(self.at(frame), cameras.at(frame), self.background, **options)
 
+    @torch.no_grad()
+    def body_ids(self, cameras: Cameras, frame: int, count: int) -> Tensor:
+        """Which of `count` rigid bodies covers most of each pixel, int64 ``[V, H, W]``: 1 + i the i-th, 0 none of them."""
+        gaussians = self.at(frame)
+        marks = F.one_hot(gaussians.body.clamp_min(0), count + 1).float()
+        return _rasterize(gaussians, cameras, marks)[0].argmax(-1)
+
     def with_more(self, gaussians: Gaussians, frame: int = 0) -> Scene:
         """A scene with these Gaussians besides, seen at `frame`; those it had keep what they learned."""
         born = torch.full((len(gaussians),), frame)
@@ -136,15 +144,18 @@ class Scene(nn.Module):
 
 def render(gaussians: Gaussians, cameras: Cameras, background: Tensor, **options: Any) -> Rendering:
     """What V `cameras` of one moment see of `gaussians` before `background` ``[3]``."""
-    device = gaussians.means.device
-    views, matrices = (
-        torch.as_tensor(x, dtype=torch.float32, device=device)
-        for x in (cameras.world_to_camera, cameras.intrinsics)
-    )
-    colors, alphas, meta = rasterization(
-        gaussians.means, gaussians.quats, gaussians.scales.exp(), gaussians.opacities.sigmoid(), gaussians.harmonics,
-        views, matrices, cameras.width, cameras.height, sh_degree=gaussians.degree, render_mode="RGB+ED",
-        packed=False, **options,
-    )  # fmt: skip
+    options |= {"sh_degree": gaussians.degree, "render_mode": "RGB+ED"}
+    colors, alphas, meta = _rasterize(gaussians, cameras, gaussians.harmonics, **options)
     images = colors[..., :3] + (1 - alphas) * background
     return Rendering(images=images, depth=colors[..., 3], alpha=alphas[..., 0], meta=meta)
+
+
+def _rasterize(gaussians: Gaussians, cameras: Cameras, colors: Tensor, **options: Any) -> Any:
+    views, matrices = (
+        torch.as_tensor(x, dtype=torch.float32, device=gaussians.means.device)
+        for x in (cameras.world_to_camera, cameras.intrinsics)
+    )
+    return rasterization(
+        gaussians.means, gaussians.quats, gaussians.scales.exp(), gaussians.opacities.sigmoid(), colors,
+        views, matrices, cameras.width, cameras.height, packed=False, **options,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dataengine.bodies import Bodies
 from dataengine.cameras import Cameras
@@ -111,6 +112,24 @@ class Views:
         """A window of frames."""
         bodies = None if self.bodies is None else replace(self.bodies, poses=self.bodies.poses[frames])
         return replace(self, cameras=self.cameras.at(frames), bodies=bodies, **self._cut((frames,)))
+
+    def scaled_to(self, width: int, height: int) -> Views:
+        """The same views in pictures of `width` x `height`: means over areas, and of depth, ids and confidence the nearest
+        values, so that edges stay edges. Intrinsics follow, so another aspect is exact too."""
+        if (width, height) == (self.cameras.width, self.cameras.height):
+            return self
+        size, shape = (height, width), self.images.shape[:2]
+        pixels = self.images.flatten(0, 1).movedim(-1, 1)
+        images = F.interpolate(pixels, size, mode="area").movedim(1, -1).view(*shape, *size, 3)
+        maps = {name: getattr(self, name) for name in ("depth", "body_ids", "confidence")}
+        scaled = {
+            name: F.interpolate(value.double(), size, mode="nearest-exact").to(value.dtype)
+            for name, value in maps.items()
+            if value is not None
+        }
+        return replace(
+            self, cameras=self.cameras.scaled_to(width, height), images=images.clamp(0, 1), **scaled
+        )
 
     def _cut(self, index: tuple[Any, ...]) -> dict[str, Tensor]:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

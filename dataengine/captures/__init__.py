@@ -4,7 +4,14 @@ Everything here speaks :class:`dataengine.views.Views`. LeRobot datasets, v2 and
 :class:`dataengine.episodes.EpisodeDataset`.
 """
 
-from dataengine.captures.check import Problem, build_views, check_views, find_problems, repair
+from dataengine.captures.check import (
+    Problem,
+    build_views,
+    check_views,
+    find_conventions,
+    find_problems,
+    repair,
+)
 from dataengine.captures.colmap import read_colmap, write_colmap
 from dataengine.captures.shots import flip
 from dataengine.captures.sync import Offsets, align, estimate_offsets
@@ -17,6 +24,7 @@ __all__ = [
     "build_views",
     "check_views",
     "estimate_offsets",
+    "find_conventions",
     "find_problems",
     "flip",
     "read_colmap",

@@ -257,8 +257,9 @@ def check_points(views: Views, points: NDArray[Any]) -> None:
 
 
 def repair(
-    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto", least: int = 2
-) -> tuple[Views, list[str]]:
+    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto", least: int = 2,
+    check: bool = True,
+) -> tuple[Views, list[str]]:  # fmt: skip
     """Views with what can be put right put right, and a sentence for everything that was changed.
 
     Args:
@@ -266,30 +267,48 @@ def repair(
         axes: how they are written, one of :data:`dataengine.captures.geometry.AXES`; ``"auto"`` lets the geometry say.
         depth_scale: what to multiply depth with; ``"auto"``: 0.001 or the factor to the poses where that is plain.
         least: views asked for.
+        check: refuse what is left.
 
     Raises:
         ValueError: the sentences of what is left, such as too few views, empty masks, or views that overlap no other.
     """
-    geometry.check_axes(axes, "auto")
+    axes, depth_scale = find_conventions(views, axes=axes, depth_scale=depth_scale)
     done = []
     views = _finite(views, done)
+    if axes != "opencv":
+        views = _oriented(views, axes)
+        done.append(f"camera_to_world: read as {geometry.WORDS[axes]}")
+    if views.depth is not None and depth_scale != 1.0:
+        views = replace(views, depth=views.depth * depth_scale)
+        done.append(f"depth: multiplied by {depth_scale:.4g}")
+    if check:
+        check_views(views, least=least)
+    return views, done
+
+
+def find_conventions(
+    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto"
+) -> tuple[str, float]:
+    """How poses are written and what depth must be multiplied with, as given or, for ``"auto"``, as the geometry says.
+
+    Raises ValueError for axes that are not known and a factor that is not above 0.
+    """
+    geometry.check_axes(axes, "auto")
+    views = _finite(views, [])
     if axes == "auto":
         axes = next((p.remedy for p in _wrong_axes(views)), "opencv")
-    if axes != "opencv":
-        poses = geometry.to_opencv(views.cameras.camera_to_world, axes)
-        views = replace(views, cameras=replace(views.cameras, camera_to_world=poses))
-        done.append(f"camera_to_world: read as {geometry.WORDS[axes]}")
     if depth_scale == "auto":
-        depth_scale = next((p.remedy for p in _wrong_depth(views) if p.remedy), 1.0)
+        depth_scale = next((p.remedy for p in _wrong_depth(_oriented(views, axes)) if p.remedy), 1.0)
     if not 0 < float(depth_scale) < np.inf:
         raise ValueError(
             f"depth_scale: expected a factor above 0, got {depth_scale}; 0.001 turns millimetres into metres"
         )
-    if views.depth is not None and depth_scale != 1.0:
-        views = replace(views, depth=views.depth * float(depth_scale))
-        done.append(f"depth: multiplied by {float(depth_scale):.4g}")
-    check_views(views, least=least)
-    return views, done
+    return axes, float(depth_scale)
+
+
+def _oriented(views: Views, axes: str) -> Views:
+    poses = geometry.to_opencv(views.cameras.camera_to_world, axes)
+    return replace(views, cameras=replace(views.cameras, camera_to_world=poses))
 
 
 def _finite(views: Views, done: list[str]) -> Views:

@@ -220,6 +220,16 @@ class EpisodeDataset:
                 raise ValueError(f"views: unknown view {view!r}; {closest(view, self.views)}")
         return self.views if views is None else tuple(views)
 
+    def cameras(self, index: int, views: Sequence[str] | None = None) -> Cameras | None:
+        """Cameras ``[T, V, ...]`` of a whole episode, None where they have no poses; no picture is decoded.
+
+        Raises as :meth:`episode` does.
+        """
+        meta, names = self.meta(index), self._chosen(views)
+        table = self.rows(meta)
+        keys = [key for key in table.column_names if key.startswith(layout.CAMERA)]
+        return self._cameras({key: column_array(table[key]) for key in keys}, names, meta.length, meta.index)
+
     def rows(self, meta: EpisodeMeta) -> pa.Table:
         """The parquet rows of one episode; DatasetError where they are damaged or too few or many."""
         path = self._data_path(meta)
@@ -287,7 +297,7 @@ class EpisodeDataset:
             images={v: self._pictures(self._view_keys[v], table, meta, start, count) for v in names},
             state=vectors.pop(layout.STATE, empty).astype(np.float32),
             action=vectors.pop(layout.ACTION, empty).astype(np.float32),
-            cameras=self._cameras(vectors, names, count),
+            cameras=self._cameras(vectors, names, count, meta.index),
             depth=self._depth(meta, start, table, names),
             segmentation=_id_pictures(layout.SEGMENTATION, columns, names),
             task=self.tasks[task_index] if task_index < len(self.tasks) else meta.tasks[0],
@@ -314,11 +324,19 @@ class EpisodeDataset:
             shape = [*shape[1:], shape[0]]
         return int(shape[0]), int(shape[1])
 
+    def depth_range(self, view: str) -> tuple[float, float] | None:
+        """(near, far) in the unit of the stored depth of a view, None where it has no depth."""
+        key = layout.DEPTH + view
+        if key not in self.features:
+            return None
+        codec = self._depth_codec(key)
+        return codec.near, codec.far
+
     def _bodies(self, vectors: dict[str, NDArray[Any]]) -> Bodies | None:
         return Bodies.from_vectors(self.bodies, vectors[layout.BODY_POSES]) if self.bodies else None
 
     def _cameras(
-        self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...], count: int
+        self, vectors: dict[str, NDArray[Any]], names: tuple[str, ...], count: int, episode: int
     ) -> Cameras | None:
         keys = [f"{layout.CAMERA}{v}." for v in names]
         if not names:
@@ -333,7 +351,14 @@ class EpisodeDataset:
         poses = np.stack([vectors[k + "extrinsics"].reshape(-1, 4, 4) for k in keys], axis=1)
         matrices = np.stack([vectors[k + "intrinsics"].reshape(-1, 3, 3) for k in keys], axis=1)
         height, width = self.picture_size(names[0])
-        return Cameras(names, matrices, poses, width, height)
+        try:
+            return Cameras(names, matrices, poses, width, height)
+        except ValueError as cause:  # the file is sound, but what somebody wrote into it is no camera
+            raise DatasetError(
+                f"{self.root}: episode {episode}: {cause}; write the poses anew",
+                path=self.root,
+                episode=episode,
+            ) from cause
 
     def _depth(
         self, meta: EpisodeMeta, start: int, table: pa.Table, names: tuple[str, ...]

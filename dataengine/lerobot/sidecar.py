@@ -39,19 +39,32 @@ def read_sidecar(root: Path) -> dict[str, Any] | None:
     path = root / layout.CAMERAS_PATH
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise DatasetError(
-            f"{path}: cannot be read ({cause}); restore this file from a copy", path=path
-        ) from cause
-    if not isinstance(values, dict):
-        raise DatasetError(
-            f"{path}: expected an object, got {type(values).__name__}; write view -> camera", path=path
-        )
+    values = _read(path)
     if "camera_to_world" not in values and not any(isinstance(v, dict) for v in values.values()):
         return None
     return values
+
+
+def read_cameras(path: Path, size: tuple[int, int]) -> Cameras:
+    """The cameras of a file like ``meta/cameras.json``, all of them, for pictures of `size` (height, width).
+
+    Raises:
+        FileNotFoundError: no such file. DatasetError: it is damaged or holds no cameras; a camera at fault is named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of cameras, found none; check the path")
+    values = _read(path)
+    table = values.get("cameras", {k: v for k, v in values.items() if k not in WORDS})
+    names = values["names"] if "camera_to_world" in values else list(table)
+    found = _cameras_of(path, values, names, dict.fromkeys(names, size)) if names else None
+    if found is None:
+        raise DatasetError(
+            f"{path}: expected view -> camera, got no camera; write intrinsics and poses", path=path
+        )
+    try:
+        return Cameras(tuple(names), *found, size[1], size[0])
+    except ValueError as cause:
+        raise DatasetError(f"{path}: {cause}", path=path) from cause
 
 
 def sidecar_cameras(
@@ -70,13 +83,7 @@ def sidecar_cameras(
         DatasetError: a camera that is incomplete or cannot be; the view is named.
     """
     path = root / layout.CAMERAS_PATH
-    try:
-        if "camera_to_world" in values:
-            found = _from_record(values, names, sizes)
-        else:
-            found = _from_views(values, names, sizes)
-    except (ValueError, TypeError, KeyError) as cause:
-        raise DatasetError(f"{path}: {cause}", path=path) from cause
+    found = _cameras_of(path, values, names, sizes)
     if found is None or not names:
         return None
     height, width = sizes[names[0]]
@@ -90,6 +97,30 @@ def sidecar_cameras(
 
 
 Found = tuple[np.ndarray, np.ndarray]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise DatasetError(
+            f"{path}: cannot be read ({cause}); restore this file from a copy", path=path
+        ) from cause
+    if not isinstance(values, dict):
+        raise DatasetError(
+            f"{path}: expected an object, got {type(values).__name__}; write view -> camera", path=path
+        )
+    return values
+
+
+def _cameras_of(
+    path: Path, values: Mapping[str, Any], names: Sequence[str], sizes: Mapping[str, tuple[int, int]]
+) -> Found | None:
+    try:
+        read = _from_record if "camera_to_world" in values else _from_views
+        return read(values, names, sizes)
+    except (ValueError, TypeError, KeyError) as cause:
+        raise DatasetError(f"{path}: {cause}", path=path) from cause
 
 
 def _from_record(

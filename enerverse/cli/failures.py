@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 FAILED, INTERRUPTED = 2, 130
 _NAMED = (  # looked up only in modules that are loaded: what is not loaded cannot have raised
@@ -43,3 +47,18 @@ def _system_words(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "not allowed to write or read there; choose another path"
     return str(error.strerror)
+
+
+@contextmanager
+def same_command(out: Path) -> Iterator[None]:
+    """A write that the disk refuses to a dataset in `out` is told in the words of the program."""
+    from dataengine.episodes import DatasetWriteError
+
+    try:
+        yield
+    except DatasetWriteError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DatasetWriteError(
+            f"{out}: cannot write ({reason}), finished episodes are kept; free some space and run the same command again",
+            errno=error.errno,
+        ) from error

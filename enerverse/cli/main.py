@@ -18,6 +18,8 @@ try:
     from enerverse.cli.failures import INTERRUPTED, exit_code, explain
     from enerverse.cli.imagine import Imagine
     from enerverse.cli.info import Info
+    from enerverse.cli.multiview import Multiview
+    from enerverse.cli.reconstruct import Reconstruct
     from enerverse.cli.record import Record
     from enerverse.cli.rollout import Rollout
     from enerverse.cli.sparse import Sparse
@@ -28,6 +30,8 @@ except KeyboardInterrupt:  # the program has not begun, so that nothing else wou
 
 VERBS: dict[str, Any] = {
     "record": Record,
+    "multiview": Multiview,
+    "reconstruct": Reconstruct,
     "train": Train,
     "imagine": Imagine,
     "rollout": Rollout,
@@ -35,7 +39,7 @@ VERBS: dict[str, Any] = {
     "demo": Demo,
     "info": Info,
 }
-DESCRIPTION = """Embodied world models: record demonstrations, train, imagine, act in MuJoCo.
+DESCRIPTION = """Embodied world models: record demonstrations, see them from more cameras, train, imagine, act in MuJoCo.
 
 `enerverse VERB --help` explains a verb. With --traceback (or ENERVERSE_TRACEBACK=1) an error shows where it
 happened."""

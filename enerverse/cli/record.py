@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from enerverse.cli.failures import same_command
 from enerverse.cli.messages import announce, command, count
 from enerverse.cli.simulator import SeededExpert, check_seed, check_task, make_env
 
@@ -77,7 +77,7 @@ class Record:
 
 def record_task(settings: Record) -> RecordReport:
     """Do what `settings` say. Raises ValueError where the dataset was recorded with other settings."""
-    from dataengine.episodes import DatasetWriteError, EpisodeWriter
+    from dataengine.episodes import EpisodeWriter
     from dataengine.record import record, writer_arguments
 
     check_record(settings)
@@ -88,17 +88,13 @@ def record_task(settings: Record) -> RecordReport:
         modalities=("rgb", *(name for name, on in wanted.items() if on)), randomize=settings.randomize,
     )  # fmt: skip
     try:
-        with EpisodeWriter(settings.out, robot_type="panda", **writer_arguments(env)) as writer:
+        with (
+            same_command(settings.out),
+            EpisodeWriter(settings.out, robot_type="panda", **writer_arguments(env)) as writer,
+        ):
             _write_settings(settings)
             policy = SeededExpert(env, settings.noise, settings.clean_share)
             return record(env, policy, writer, settings.episodes, settings.seed)
-    except DatasetWriteError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise DatasetWriteError(
-            f"{settings.out}: cannot write ({reason}), finished episodes are kept; free some space and run the same "
-            "command again",
-            errno=error.errno,
-        ) from error
     finally:
         env.close()
 

@@ -12,9 +12,10 @@ Running a stage again goes on where it stopped; another config or other data in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -40,6 +41,8 @@ class Train:
     """One or more dataset folders."""
     out: Path = Path("runs/mine")
     """Run folder, the same for all three stages."""
+    views: tuple[str, ...] = ()
+    """Views to train on; when not given, the preset's, or the first three of data that lack those."""
     preset: str = "tiny"
     """Sizes and optimisation; `enerverse info` lists them."""
     steps: int | None = None
@@ -62,11 +65,11 @@ class Train:
         preset, device = self.settings(), check_device(self.device)
         from enerverse.cli import stages
 
-        datasets = open_datasets(self.data, preset)
+        datasets, preset = open_datasets(self.data, preset, self.views)
         self._announce(preset, device)
         result = getattr(stages, self.stage)(self, preset, datasets, device)
         print(f"done: {result}")
-        print(f"next: {self._next()}")
+        print(f"next: {self._next(preset.views)}")
 
     def settings(self) -> Preset:
         """The preset with the flags worked in. Raises ValueError for an unknown preset or stage."""
@@ -93,31 +96,60 @@ class Train:
         config = getattr(preset, f"train_{self.stage}")
         announce(
             f"train {self.stage}: preset {preset.name}, {count(config.steps, 'step')} of {config.batch} on {device}",
-            f"reads {', '.join(map(str, self.data))}",
+            f"reads {', '.join(map(str, self.data))}, views {', '.join(preset.views)}",
             f"writes {self.out / self.stage}; Ctrl-C saves, the same command goes on",
         )
 
-    def _next(self) -> str:
+    def _next(self, views: Sequence[str] = ()) -> str:
+        """The next stage; after the last one a trial, in the simulator where it has the `views`."""
         if self.stage == "policy":
+            from sims.cameras import CAMERAS
+
+            if not set(views) <= set(CAMERAS):
+                return command(
+                    "enerverse imagine", checkpoint=self.out, data=self.data[0], device=self.device
+                )
             task = recorded_task(self.data[0])
             return command("enerverse rollout", checkpoint=self.out, task=task, device=self.device)
         following = STAGES[STAGES.index(self.stage) + 1]
         preset = None if self.preset == Train.preset else self.preset
         return command(
-            f"enerverse train {following}", data=self.data, out=self.out, preset=preset, device=self.device
-        )
+            f"enerverse train {following}", data=self.data, out=self.out, views=self.views or None, preset=preset,
+            device=self.device,
+        )  # fmt: skip
 
 
-def open_datasets(folders: tuple[Path, ...], preset: Preset) -> list[EpisodeDataset]:
-    """The datasets, each with the preset's views and picture size. Raises DatasetError or ValueError."""
+def open_datasets(
+    folders: tuple[Path, ...], preset: Preset, views: tuple[str, ...] = ()
+) -> tuple[list[EpisodeDataset], Preset]:
+    """The datasets, and the preset with the views to train on, which all of them have in its picture size.
+
+    Those are `views`, else the preset's, or, where the first dataset has none of these, as many of its own. Raises
+    DatasetError or ValueError.
+    """
     from dataengine.episodes import EpisodeDataset
 
     if not folders:
         raise ValueError("data: expected at least one dataset folder, got none")
     datasets = [EpisodeDataset(folder) for folder in folders]
+    preset = replace(preset, views=choose_views(datasets[0], preset.views, views))
     for dataset in datasets:
         check_pictures(dataset, preset.views, preset.image_size, f"preset {preset.name}")
-    return datasets
+    return datasets, preset
+
+
+def choose_views(dataset: EpisodeDataset, usual: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The views `asked` for, which ValueError names where there is none such; else the `usual` ones, or, of a dataset that
+    lacks one of them, as many of its first."""
+    from enerverse.config import unknown
+
+    for view in asked:
+        if view not in dataset.views:
+            raise unknown("view", view, dataset.views)
+    if len(set(asked)) < len(asked):
+        raise ValueError(f"views: expected every view once, got {' '.join(asked)}")
+    complete = all(view in dataset.views for view in usual)
+    return asked or (usual if complete or len(dataset.views) < len(usual) else dataset.views[: len(usual)])
 
 
 def check_pictures(dataset: EpisodeDataset, views: tuple[str, ...], size: int, reader: str) -> None:
@@ -131,14 +163,9 @@ def check_pictures(dataset: EpisodeDataset, views: tuple[str, ...], size: int, r
     if not len(dataset):
         raise ValueError(f"{dataset.root}: expected at least one episode, got none; record some first")
     for view in views:
-        height, width = _picture_size(dataset, view)
+        height, width = dataset.picture_size(view)
         if (height, width) != (size, size):
             raise ValueError(
                 f"{dataset.root}: expected pictures of {size} x {size} pixels for the {reader}, got "
                 f"{height} x {width}; record with --image-size {size}"
             )
-
-
-def _picture_size(dataset: EpisodeDataset, view: str) -> tuple[int, int]:
-    feature: Any = dataset.features[f"observation.images.{view}"]
-    return int(feature["shape"][0]), int(feature["shape"][1])

@@ -76,9 +76,15 @@ def train_autoencoder(
 
 
 def encode(datasets: Datasets, autoencoder: Autoencoder, preset: Preset, path: Path) -> LatentEpisodes:
-    """Latents of the whole dataset, cached at `path`."""
+    """Latents of the whole dataset, cached at `path`. Raises ValueError where the cache is of other views."""
     if path.exists():
-        return LatentEpisodes.load(path)
+        cached = LatentEpisodes.load(path)
+        if cached.views != preset.views:
+            raise ValueError(
+                f"{path}: expected latents of the views {', '.join(preset.views)}, got {', '.join(cached.views)}; pass "
+                f"--views {' '.join(cached.views)}, or choose another --out"
+            )
+        return cached
     episodes = encode_dataset(datasets, autoencoder, preset.views)
     episodes.save(path)
     return episodes

@@ -6,7 +6,9 @@ import torch
 
 from dataengine.bodies import Bodies
 from dataengine.cameras import Cameras
+from dataengine.episodes import EpisodeDataset, EpisodeWriter
 from dataengine.gaussians import Gaussians
+from dataengine.made import body_vectors
 from dataengine.motion import Rigid
 from dataengine.scene import Scene
 from dataengine.views import Views
@@ -90,3 +92,45 @@ def seen():
 @pytest.fixture(scope="session")
 def unseen():
     return capture(ring(3, height=0.8, phase=0.4, name="test"))
+
+
+def save_dataset(root, episodes, *, poses=None, cameras=True, depth_scale=1.0, ids=True):
+    """Write views as a dataset, one episode each; `poses` changes how camera poses are written."""
+    first = episodes[0]
+    size = (first.cameras.height, first.cameras.width)
+    deep = first.depth is not None
+    with EpisodeWriter(
+        root, fps=first.fps, views=first.names, image_size=size, state_dim=3, action_dim=2, depth=deep, cameras=cameras,
+        bodies=("block",) if ids else (), body_ids=ids, extra={"action.clean": 2, "privileged": 4},
+        depth_range=(0.02 * depth_scale, 10 * depth_scale),
+    ) as writer:  # fmt: skip
+        for index, views in enumerate(episodes):
+            add_frames(writer, index, views, poses or (lambda pose: pose), cameras, depth_scale, ids)
+            writer.save_episode(success=index != 1, seed=7 + index)
+    return EpisodeDataset(root)
+
+
+def add_frames(writer, index, views, poses, cameras, depth_scale, ids):
+    rows = np.random.default_rng(index).normal(size=(len(views), 11)).astype(np.float32)
+    for t in range(len(views)):
+
+        def by_view(pixels, t=t):
+            return dict(zip(views.names, pixels[t].numpy(), strict=True))
+
+        lenses = {
+            name: {
+                "intrinsics": views.cameras.intrinsics[v],
+                "camera_to_world": poses(views.cameras.camera_to_world[v]),
+            }
+            for v, name in enumerate(views.names)
+        }
+        body = body_vectors(views.bodies)[t, 0] if ids else None
+        writer.add_frame(
+            images=by_view((views.images * 255).round().byte()),
+            state=rows[t, :3], action=rows[t, 3:5], task=f"push the block {index}",
+            cameras=lenses if cameras else None,
+            depth=by_view(views.depth.clamp_min(0.02) * depth_scale) if views.depth is not None else None,
+            bodies={"block": body} if ids else None,
+            body_ids=by_view(views.body_ids) if ids else None,
+            extra={"action.clean": rows[t, 5:7], "privileged": rows[t, 7:]},
+        )  # fmt: skip
