@@ -162,7 +162,7 @@ def look(scene: Scene, cameras: Cameras, frames: int) -> Renders:
         cameras=cameras, images=torch.zeros(frames, len(cameras.names), cameras.height, cameras.width, 3)
     )
     images, depth, alpha = render_all(scene, blank)
-    return Renders(images=images, depth=depth, alpha=alpha)
+    return Renders(images=images, depth=depth, alpha=alpha, cameras=cameras)
 
 
 def as_views(repaired: Repaired, cameras: Cameras, views: Views, weight: float) -> Views:

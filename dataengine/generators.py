@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dataengine.cameras import Cameras
 from dataengine.errors import closest
 from dataengine.storage import AnyPath, load_tensors, save_tensors
 from dataengine.views import Views
@@ -27,11 +28,12 @@ RESTORER = Path(__file__).parent / "weights" / "restorer.safetensors"
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Renders:
     """What a scene shows from V cameras: images ``[T, V, H, W, 3]``, depth and alpha ``[T, V, H, W]``; depth is that of
-    the covered part of a pixel and 0 where nothing is."""
+    the covered part of a pixel and 0 where nothing is. The cameras, for generators that ask where a view looks from."""
 
     images: Tensor
     depth: Tensor
     alpha: Tensor
+    cameras: Cameras | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

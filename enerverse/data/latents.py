@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,48 @@ class LatentEpisodes:
         plain = {key: json.loads(words[key]) for key in ("tasks", "views", "image", "fps")}
         plain |= {key: tuple(plain[key]) for key in ("tasks", "views", "image")}
         return cls(**tensors, **plain)
+
+
+def group_views(episodes: LatentEpisodes, groups: Sequence[Sequence[tuple[str, ...]]]) -> LatentEpisodes:
+    """Every episode once for each of its groups of views, as if those were all that stood there.
+
+    A model of V views that shall work from anywhere is trained on groups of V out of many views: `groups[i]` lists those
+    of episode i, each of V names in the order of the slots. The result's views are named by slot, `view_0` and so on.
+
+    Raises:
+        ValueError: groups of different sizes, or not one list for every episode; a view that is not there.
+    """
+    sizes = {len(group) for chosen in groups for group in chosen}
+    if len(groups) != len(episodes) or len(sizes) != 1:
+        raise ValueError(
+            f"groups: expected a list for each of {len(episodes)} episodes, of groups of one size, got {len(groups)} "
+            f"lists and the sizes {sorted(sizes)}"
+        )
+    absent = sorted({view for chosen in groups for group in chosen for view in group} - set(episodes.views))
+    if absent:
+        raise ValueError(f"groups: expected views out of {', '.join(episodes.views)}, got {absent[0]!r}")
+    index = [
+        (episode, [episodes.views.index(view) for view in group])
+        for episode, chosen in enumerate(groups)
+        for group in chosen
+    ]
+    spans = [episodes.span(episode) for episode, _ in index]
+    by_frame = {
+        name: torch.cat([getattr(episodes, name)[span] for span in spans])
+        for name in ("state", "action", "label", "privileged")
+    }
+    by_episode = {
+        name: torch.stack([getattr(episodes, name)[episode, views] for episode, views in index])
+        for name in PER_EPISODE
+    }
+    return replace(
+        episodes, **by_frame, **by_episode,
+        latents=torch.cat([episodes.latents[span][:, views] for span, (_, views) in zip(spans, index, strict=True)]),
+        starts=torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0),
+        success=episodes.success[[episode for episode, _ in index]],
+        tasks=tuple(episodes.tasks[episode] for episode, _ in index),
+        views=tuple(f"view_{slot}" for slot in range(sizes.pop())),
+    )  # fmt: skip
 
 
 Datasets = EpisodeDataset | Sequence[EpisodeDataset]

@@ -42,16 +42,22 @@ def denoise(
     scheduler: Scheduler,
     steps: int,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Walk `noise` [B, ...] to a clean sample in `steps` steps.
 
     predict(noisy, time [B]) returns the network's prediction; on_step(index, time, sample) may look at or
-    replace the sample after every step.
+    replace the sample after every step. With `start`, that many of the noisiest steps are left out and `noise` is a
+    sample at `scheduler_times(...)[start]` already (SDEdit, arXiv 2108.01073).
     """
     times = scheduler_times(scheduler, steps, noise.device)
     walk: Any = scheduler  # diffusers types its samples as FloatTensor and its results as tuples
+    if start and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        walk.set_begin_index(start)
     sample = noise
     for index, (time, step) in enumerate(zip(times, walk.timesteps, strict=True)):
+        if index < start:
+            continue
         batch_time = time.expand(len(sample)).float()
         prediction = predict(sample, batch_time)
         output = _output(prediction, sample, batch_time, objective, scheduler)

@@ -139,7 +139,8 @@ def keep(path: Path, renders: Renders) -> None:
 def read(path: Path) -> Renders:
     """Read what `keep` wrote."""
     tensors, _ = load_tensors(path)
-    return Renders(**{name: value.float() for name, value in tensors.items()})
+    images, depth, alpha = (tensors[name].float() for name in ("images", "depth", "alpha"))
+    return Renders(images=images, depth=depth, alpha=alpha)
 
 
 def main(recipe: RestorerRecipe) -> None:

@@ -98,14 +98,21 @@ def train_world(
     device: str | None = None,
     evaluate: Callable[[EnerVersePipeline, int], dict[str, float]] | None = None,
     evaluate_every: int = 0,
+    start: EnerVersePipeline | None = None,
 ) -> EnerVersePipeline:
-    """Train the world model on latent episodes in `run` and save the pipeline in `run/pipeline`."""
+    """Train the world model on latent episodes in `run` and save the pipeline in `run/pipeline`.
+
+    start: a world model of the same sizes, whose weights the training begins with; its number of views may differ.
+    """
     device = device or default_device()
     prepare_run(run, to_json(preset))
     torch.manual_seed(preset.train_world.seed)
     unet = VideoUNet(**preset.unet_arguments(), action_dim=episodes.action.shape[1])
     reader = build_reader(unet, episodes.privileged) if preset.world_loss.localize > 0 else None
     model = WorldModel(unet, build_text_encoder(preset.text), reader).to(device)
+    if start is not None:
+        unet.load_state_dict(start.unet.state_dict())
+        model.text_encoder.load_state_dict(start.text_encoder.state_dict())
     sampler = ClipSampler(
         episodes, preset.clips, batch=preset.train_world.batch, seed=preset.train_world.seed
     )
