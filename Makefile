@@ -14,7 +14,7 @@ else
 READY :=
 endif
 
-.PHONY: install demo test lint types tiny ship bench speed claims arms test-gpu bench-gpu figures docs clean
+.PHONY: install demo test lint types tiny ship bench speed claims arms engine test-gpu bench-gpu figures docs clean
 
 install: $(STAMP)
 
@@ -55,6 +55,17 @@ speed: $(READY)
 	$(PY) -m benchmarks.speed.attention
 	$(PY) -m benchmarks.speed.decode
 	$(PY) -m benchmarks.speed.costs
+
+engine: $(READY)
+	$(PY) -m benchmarks.speed.rasterize
+	$(PY) -m benchmarks.speed.recording
+	$(PY) -m benchmarks.speed.parallel
+	$(PY) -m benchmarks.scenes
+	$(PY) -m enerverse.recipes.restorer
+	$(PY) -m benchmarks.flywheel
+	for arm in rendered flywheel; do $(PY) -m benchmarks.data_help make --arm $$arm || exit 1; done
+	for arm in few rendered flywheel true; do $(PY) -m benchmarks.data_help train --arm $$arm || exit 1; done
+	$(PY) -m benchmarks.data_help evaluate
 
 claims: $(READY)
 	$(PY) -m benchmarks.claims all

@@ -1,8 +1,8 @@
-"""Figures and tables of the README, drawn from the committed result files and from nothing else.
+"""Figures and tables of the README and of docs/multiview.md, drawn from the committed result files and nothing else.
 
     python -m benchmarks.figures [--check]
 
-writes `docs/figures/*.svg` and the text between the markers in README.md; `--check` only says whether both are current.
+writes `docs/figures/*.svg` and the text between the markers in both; `--check` only says whether both are current.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 
 import tyro
 
+from benchmarks.figures_data import DATA_SECTIONS
 from benchmarks.results_io import RESULTS, Result, read_results
 from enerverse.charts import Bar, svg_bars, svg_curve
 from enerverse.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DATA_PAGE = ROOT / "docs" / "multiview.md"
 FIGURES = ROOT / "docs" / "figures"
 MARKERS = re.compile(r"(<!-- figures -->).*?(<!-- /figures -->)", re.DOTALL)
 MODES = {
@@ -300,41 +302,58 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, dict[str, s
 }
 
 
-def render() -> tuple[str, dict[str, str]]:
-    """The README block and the figures by name."""
+PAGES = {README: SECTIONS, DATA_PAGE: DATA_SECTIONS}
+
+
+def render(page: Path) -> tuple[str, dict[str, str]]:
+    """The block of a page, and its figures by name."""
     results = {result.case: result for result in read_results(RESULTS)}
+    where = FIGURES.relative_to(page.parent).as_posix()
     parts, figures = [], {}
-    for case, (title, section) in SECTIONS.items():
+    for case, (title, section) in PAGES[page].items():
         if case not in results:
             continue
         result = results[case]
         text, drawn = section(result.values)
         figures |= drawn
-        pictures = "\n\n".join(f"![{title}](docs/figures/{name}.svg)" for name in drawn)
+        pictures = "\n\n".join(f"![{title}]({where}/{name}.svg)" for name in drawn)
         origin = (
             f"Measured on {result.device} in {result.seconds:.0f} s (`{case}.json`, commit {result.commit})."
         )
         parts.append("\n\n".join(part for part in (f"### {title}", pictures, text, origin) if part))
+    parts += [render_claims(results)] if page == README else []
+    return "\n\n".join(part for part in parts if part), figures
+
+
+def render_claims(results: dict[str, Result]) -> str:
+    """The section of the papers' claims, empty where none was measured."""
     claims = {case: result for case, result in results.items() if case.startswith("claims/")}
-    if claims:
-        more = {case: result for case, result in results.items() if case.startswith("more_seeds/")}
-        origin = "Measured by `python -m benchmarks.claims all`; thresholds and every seed are in `claims/*/*.json`."
-        if any(result.commit.endswith("-dirty") for result in (*claims.values(), *more.values())):
-            origin += " A commit marked dirty had changes that no commit holds."
-        parts.append("\n\n".join(("### Claims of the papers", claims_section(claims, more), origin)))
-    return "\n\n".join(parts), figures
+    if not claims:
+        return ""
+    more = {case: result for case, result in results.items() if case.startswith("more_seeds/")}
+    origin = (
+        "Measured by `python -m benchmarks.claims all`; thresholds and every seed are in `claims/*/*.json`."
+    )
+    if any(result.commit.endswith("-dirty") for result in (*claims.values(), *more.values())):
+        origin += " A commit marked dirty had changes that no commit holds."
+    return "\n\n".join(("### Claims of the papers", claims_section(claims, more), origin))
+
+
+def fresh(page: Path) -> dict[Path, str]:
+    """What the files of a page should hold."""
+    block, figures = render(page)
+    text = page.read_text(encoding="utf-8")
+    if not MARKERS.search(text):
+        raise ValueError(
+            f"{page.name}: expected the markers <!-- figures --> and <!-- /figures -->, found none"
+        )
+    whole = MARKERS.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", text)
+    return {page: whole} | {FIGURES / f"{name}.svg": svg for name, svg in figures.items()}
 
 
 def main(settings: Figures) -> None:
     """Write or check the figures."""
-    block, figures = render()
-    text = README.read_text(encoding="utf-8")
-    if not MARKERS.search(text):
-        raise ValueError(
-            f"{README.name}: expected the markers <!-- figures --> and <!-- /figures -->, found none"
-        )
-    fresh = MARKERS.sub(lambda found: f"{found[1]}\n{block}\n{found[2]}", text)
-    targets = {README: fresh} | {FIGURES / f"{name}.svg": svg for name, svg in figures.items()}
+    targets = {path: text for page in PAGES for path, text in fresh(page).items()}
     stale = [
         path
         for path, wanted in targets.items()

@@ -1,12 +1,15 @@
-"""The README shows what the result files say."""
+"""The README and docs/multiview.md show what the result files say."""
+
+import pytest
 
 from benchmarks import figures
 from benchmarks.results_io import Result
 
 
-def test_readme_and_figures_are_current():
-    block, drawn = figures.render()
-    assert block in figures.README.read_text(encoding="utf-8"), "README.md is stale; run make figures"
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_pages_and_figures_are_current(page):
+    block, drawn = figures.render(page)
+    assert block in page.read_text(encoding="utf-8"), f"{page.name} is stale; run make figures"
     for name, svg in drawn.items():
         assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8") == svg, (
             f"{name}: run make figures"
