@@ -17,6 +17,7 @@ folder; running again goes on. Writes `flywheel.json`, all logs, and `docs/figur
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -32,14 +33,17 @@ from tqdm.auto import tqdm
 from benchmarks.results_io import write_result
 from dataengine.episodes import EpisodeDataset
 from dataengine.fit import Fit
-from dataengine.flywheel import CONTROLS, Flywheel, flywheel, with_controls, write_log
+from dataengine.flywheel import CONTROLS, Flywheel, first_fit, flywheel, look, with_controls, write_log
 from dataengine.generators import ConstantFill, Generator, Restorer, load_restorer
 from dataengine.reconstruct import Reconstruction
 from dataengine.views import Views
 from enerverse.cli.record import Record, record_task
+from enerverse.files import atomic_write
+from enerverse.media import encode_png
 from enerverse.metrics import Interval
 from enerverse.recipes.restorer import TASKS, spread
 
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 FIRST_SEED = 50_000
 OBSERVED = ("ring_02", "ring_05")
 MEASURES = (
@@ -173,6 +177,24 @@ def summarise(logs: list[dict[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def draw(case: FlywheelCase, stage: Stage, generator: Generator, frame: int) -> None:
+    """A picture of a scene at held-out cameras: by row after the first fit, after the turns with constant fill and with
+    `generator`, and the truth."""
+    settings = case.settings(case.rounds)
+    first = first_fit(stage.seen, settings)
+    rows = [look(first, stage.held_out.cameras, len(stage.seen)).images[frame]]
+    for one in (ConstantFill(), generator):
+        turned = flywheel(
+            stage.seen, one, stage.anchors.cameras, settings, scene=copy.deepcopy(first), gate=False
+        )
+        rows.append(look(turned.scene, stage.held_out.cameras, len(stage.seen)).images[frame])
+    rows.append(stage.held_out.images[frame])
+    sheet = torch.cat([row.transpose(0, 1).flatten(1, 2) for row in rows])
+    big = sheet.repeat_interleave(3, 0).repeat_interleave(3, 1).mul(255).round().byte().numpy()
+    with atomic_write(FIGURES / "flywheel_views.png") as temporary:
+        temporary.write_bytes(encode_png(big))
+
+
 def main(case: FlywheelCase) -> None:
     """Turn, measure, write."""
     torch.set_num_threads(1)
@@ -193,6 +215,7 @@ def main(case: FlywheelCase) -> None:
         for name, by_variant in gated.items()
     }
     values["logs"] = {stage.name: log for stage, log in zip(found, logs, strict=True)}
+    draw(case, found[0], generators["restorer"], case.frames // 2)
     print(write_result(case.case, values, seconds=time.perf_counter() - began))
 
 

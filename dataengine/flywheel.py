@@ -70,7 +70,7 @@ class Flywheel:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Turned:
-    """What the flywheel leaves: the scene, the views it was last fitted to, and a record per round."""
+    """What the flywheel leaves: the scene, the views that it was fitted to, and a record per round."""
 
     scene: Scene
     views: Views
@@ -107,7 +107,7 @@ def flywheel(
     log = [record(scene, views, held_out, 0, began)]
     joined = views
     for number in range(1, settings.rounds + 1):
-        began, before = time.perf_counter(), copy.deepcopy(scene)
+        began, before = time.perf_counter(), (copy.deepcopy(scene), joined)
         told: dict[str, float] = {}
         if generator is not None:
             renders = look(scene, cameras, len(views))
@@ -122,7 +122,7 @@ def flywheel(
         log.append(record(scene, views, held_out, number, began) | told)
         if gate and worse(log[-2], log[-1], settings.tolerance):
             log[-1]["kept"] = False
-            return Turned(scene=before, views=joined, log=log)
+            return Turned(scene=before[0], views=before[1], log=log)
     return Turned(scene=scene, views=joined, log=log)
 
 

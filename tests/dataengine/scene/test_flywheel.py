@@ -65,6 +65,7 @@ def test_a_round_that_makes_things_worse_is_undone(few, unseen, anchors):
     )
     assert [record["kept"] for record in turned.log] == [True, False]
     assert len(turned.scene) == turned.log[0]["gaussians"]
+    assert turned.views.names == few.names  # what the painter made is not kept
 
 
 def test_generated_views_say_so_and_count_less(few, anchors):
