@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dataengine.generators import Generator
     from dataengine.multiview import Multiview as Settings
     from dataengine.multiview import Report
-    from dataengine.sources import Reading
 
 LITTLE = 0.8  # share of a new view's pixels below which it is named
 POOR = 20.0  # dB of the observed views below which their scene is doubtful
@@ -70,7 +69,8 @@ class Multiview:
         dataset, settings, generator = EpisodeDataset(self.data), self.settings(), self.make_generator()
         episodes = choose_episodes(dataset, self.episodes or None)
         reading, mended = read_as(dataset, settings, episodes[0])
-        self._announce(dataset, settings, generator, reading, mended, len(episodes))
+        new = settings.new_cameras(reading.cameras(dataset, episodes[0])).names
+        self._announce(dataset, generator, (reading.names, new), mended, len(episodes))
         with same_command(self.out):
             report = multiview(
                 dataset, self.out, settings, generator, episodes=episodes, run=spread(self.workers)
@@ -131,14 +131,14 @@ class Multiview:
         return make_generator(name)
 
     def _announce(
-        self, dataset: EpisodeDataset, settings: Settings, generator: Generator | None, reading: Reading,
+        self, dataset: EpisodeDataset, generator: Generator | None, views: tuple[tuple[str, ...], ...],
         mended: list[str], episodes: int,
     ) -> None:  # fmt: skip
-        new = settings.cameras.names if settings.cameras else range(self.views - len(reading.names))
+        seen, new = views
         repaired = "as they are" if generator is None else f"repaired by {generator.name}"
         announce(
             f"multiview: {count(episodes, 'episode')} of {dataset.root}, {count(len(new), 'new view')} beside "
-            f"{', '.join(reading.names)}",
+            f"{', '.join(seen)}",
             f"scenes of at most {count(self.window, 'frame')}, {count(self.steps, 'step')} each; renders {repaired}",
             *mended[:2],
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",

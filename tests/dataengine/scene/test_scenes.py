@@ -105,7 +105,7 @@ def test_captures_become_scenes_and_datasets(write, seen3, tmp_path):
     assert {view: int(codes[0]) for view, codes in episode.provenance.items()} == {
         "ring_0": 0, "ring_1": 0, "view_00": 1, "view_01": 1
     }  # fmt: skip
-    assert episode.images["view_00"].std() > 5  # not a blank picture
+    assert episode.images["view_00"].std() > 5
     with pytest.raises(ValueError, match="expected a dataset of the views"):
         make_scene(parts.parts[0], tmp_path / "out", QUICK, ("lerobot",), new_views=1)
 
