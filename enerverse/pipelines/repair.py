@@ -43,7 +43,7 @@ class WorldRepairer:
         pipeline: EnerVersePipeline,
         first: Generator | None = None,
         *,
-        strength: float = 0.5,
+        strength: float = 0.2,
         steps: int = 10,
         seed: int = 0,
     ):
@@ -93,9 +93,13 @@ class WorldRepairer:
             chunk = self._chunk(target, read_context(policy, past), rays, text * 0, taken)
             past = push_chunk(policy, past, chunk)
             done = torch.cat([done, chunk], 2)
-        frames = pipe.autoencoder.decode(done[0].transpose(0, 1)).cpu().movedim(-3, -1)
+        # What the autoencoder cannot hold stays: the pictures get the difference between the decoded latents alone.
+        before, after = (
+            pipe.autoencoder.decode(x[0, -1:].transpose(0, 1)).cpu().movedim(-3, -1) for x in (latents, done)
+        )
+        difference = _resize(after - before, (shown.shape[2], shown.shape[3]))[1:, 0]
         repaired = shown.clone()
-        repaired[1:, -1] = _resize(frames[1:, -1:], (shown.shape[2], shown.shape[3]))[:, 0].clamp(0, 1)
+        repaired[1:, -1] = (repaired[1:, -1] + difference).clamp(0, 1)
         return repaired
 
     def _chunk(
