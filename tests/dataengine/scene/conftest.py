@@ -134,3 +134,13 @@ def add_frames(writer, index, views, poses, cameras, depth_scale, ids):
             body_ids=by_view(views.body_ids) if ids else None,
             extra={"action.clean": rows[t, 5:7], "privileged": rows[t, 7:]},
         )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def few(seen):
+    return seen.select(["ring_0", "ring_1"])
+
+
+@pytest.fixture(scope="session")
+def anchors():
+    return capture(ring(2, phase=3.5, name="anchor"))

@@ -10,21 +10,10 @@ from dataengine.fit import Fit
 from dataengine.flywheel import CONTROLS, Flywheel, first_fit, flywheel, look, with_controls, write_log
 from dataengine.generators import ConstantFill, Identity, Oracle, Restorer, fill_depth, train_restorer
 from dataengine.reconstruct import Reconstruction
-from tests.dataengine.scene.conftest import capture, ring
 
 SETTINGS = Flywheel(
     rounds=1, start=Reconstruction(fit=Fit(steps=12, quiet=True)), refit=Fit(steps=16, quiet=True)
 )
-
-
-@pytest.fixture(scope="module")
-def few(seen):
-    return seen.select(["ring_0", "ring_1"])
-
-
-@pytest.fixture(scope="module")
-def anchors():
-    return capture(ring(2, phase=3.5, name="anchor"))
 
 
 def test_every_control_runs_and_the_oracle_is_the_best(few, unseen, anchors, tmp_path):

@@ -10,19 +10,9 @@ from dataengine.flywheel import Flywheel, as_views, first_fit, look, reprojectio
 from dataengine.generators import ConstantFill, fill_depth
 from dataengine.growth import behind_empty_space, grown, seen_empty
 from dataengine.reconstruct import Reconstruction
-from tests.dataengine.scene.conftest import capture, ring, world
+from tests.dataengine.scene.conftest import world
 
 SETTINGS = Flywheel(start=Reconstruction(fit=Fit(steps=12, quiet=True)), refit=Fit(steps=12, quiet=True))
-
-
-@pytest.fixture(scope="module")
-def few(seen):
-    return seen.select(["ring_0", "ring_1"])
-
-
-@pytest.fixture(scope="module")
-def anchors():
-    return capture(ring(2, phase=3.5, name="anchor"))
 
 
 def test_space_before_a_surface_is_empty_and_behind_it_is_not_known(few):
