@@ -149,9 +149,9 @@ def spread(workers: int) -> Any:
     """What applies a function to pieces of work, here or in several processes."""
     if workers == 1:
         return map
-    from dataengine.parallel import fan_out
+    from dataengine.parallel.ordered import map_in_order
 
-    return partial(fan_out, workers=workers)
+    return partial(map_in_order, workers=workers)
 
 
 def load_repairer(checkpoint: Path | None) -> Generator:
