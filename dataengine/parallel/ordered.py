@@ -28,8 +28,8 @@ def map_in_order(
     """``map(task, items)`` by several processes.
 
     Items are taken as processes become free, and at most one result per process waits for its turn, so memory does not
-    grow with the number of items. Results go from process to process: with large ones, work on smaller items. An item whose
-    process dies is tried again, as :func:`dataengine.parallel.fan_out` does.
+    grow with the number of items. Results go from process to process: with large ones, work on smaller items. An item
+    whose process dies is tried again, as :func:`dataengine.parallel.fan_out` does.
 
     Raises:
         WorkError, OSError: an item failed; the results before it have been given. Others as :func:`fan_out`.
