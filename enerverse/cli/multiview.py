@@ -75,7 +75,7 @@ class Multiview:
             report = multiview(
                 dataset, self.out, settings, generator, episodes=episodes, run=spread(self.workers)
             )
-        print("\n".join(describe(report, self.out)))
+        print("\n".join(describe(report, self.out, 0 if generator is None else self.rounds)))
         print(f"next: {command('enerverse train autoencoder', data=self.out, out='runs/mine')}")
         print(f"scene in a browser: {self._scene()}")
 
@@ -149,9 +149,9 @@ def spread(workers: int) -> Any:
     """What applies a function to pieces of work, here or in several processes."""
     if workers == 1:
         return map
-    from dataengine.parallel import fan_out
+    from dataengine.parallel.ordered import map_in_order
 
-    return partial(fan_out, workers=workers)
+    return partial(map_in_order, workers=workers)
 
 
 def load_repairer(checkpoint: Path | None) -> Generator:
@@ -162,8 +162,8 @@ def load_repairer(checkpoint: Path | None) -> Generator:
     return WorldRepairer(load_world(checkpoint))
 
 
-def describe(report: Report, out: Path) -> list[str]:
-    """What was made, how good it is, and which views show much that nobody has seen."""
+def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:
+    """What was made, how good it is, how many of `rounds` were kept, and which views show much that nobody has seen."""
     if not report.made:
         lines = [f"{out}: already holds {count(report.before, 'episode')}"]
     else:
@@ -178,6 +178,11 @@ def describe(report: Report, out: Path) -> list[str]:
     lines.append(
         f"the scene gives the observed views back with {psnr:.1f} dB; they show {mean:.0%} of the new views' pixels"
     )
+    if rounds:
+        kept = sum(row["rounds"] for row in figures) / len(figures)
+        lines.append(
+            f"of {count(rounds, 'round')} of repair {kept:.1f} were kept: one that makes observed views worse is undone"
+        )
     if psnr < POOR:
         lines.append(
             f"below {POOR:.0f} dB the new views are doubtful: check poses and times, or take more --steps"

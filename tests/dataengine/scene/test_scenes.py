@@ -130,12 +130,19 @@ def test_nothing_there_is_said(tmp_path):
         read_parts(tmp_path)
 
 
-def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path):
-    path = write_transforms(tmp_path, seen3)
+def rewrite(folder, views, change):
+    """A transforms.json of `views` whose list of frames was changed."""
+    path = write_transforms(folder, views)
     values = json.loads(path.read_text())
-    for frame in values["frames"]:
-        frame["transform_matrix"] = (np.array(frame["transform_matrix"]) @ np.diag([1.0, -1, -1, 1])).tolist()
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values | {"frames": change(values["frames"])}))
+
+
+def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path):
+    def turn(frames):
+        axes = np.diag([1.0, -1, -1, 1])
+        return [f | {"transform_matrix": (np.array(f["transform_matrix"]) @ axes).tolist()} for f in frames]
+
+    rewrite(tmp_path, seen3, turn)
     with pytest.raises(
         ValueError, match=r"camera_to_world: expected OpenGL axes .*; pass axes='opencv', or repair"
     ):
@@ -148,10 +155,11 @@ def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path):
 
 
 def test_left_handed_captures_are_named(seen3, tmp_path):
-    path = write_transforms(tmp_path, seen3)
-    values = json.loads(path.read_text())
-    values["frames"][0]["transform_matrix"][0] = [-x for x in values["frames"][0]["transform_matrix"][0]]
-    path.write_text(json.dumps(values))
+    def mirror(frames):
+        first, *rows = frames[0]["transform_matrix"]
+        return [frames[0] | {"transform_matrix": [[-x for x in first], *rows]}, *frames[1:]]
+
+    rewrite(tmp_path, seen3, mirror)
     with pytest.raises(ValueError, match="expected a right-handed pose .*, got a left-handed one"):
         read_parts(tmp_path)
 
@@ -167,10 +175,7 @@ def test_empty_masks_are_named(seen3, tmp_path):
 
 
 def test_cameras_with_other_moments_are_named_or_cut(seen3, tmp_path):
-    path = write_transforms(tmp_path, seen3)
-    values = json.loads(path.read_text())
-    values["frames"] = values["frames"][:-1]
-    path.write_text(json.dumps(values))
+    rewrite(tmp_path, seen3, lambda frames: frames[:-1])
     with pytest.raises(ValueError, match="ring_2"):
         read_parts(tmp_path)
     assert len(read_parts(tmp_path, common=True).parts[0].load()) == 3

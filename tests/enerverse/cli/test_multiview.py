@@ -164,8 +164,10 @@ def test_nothing_to_read_is_said(call, tmp_path):
 def test_doubtful_results_are_told():
     from dataengine.multiview import Report
 
-    figures = ({"input_psnr": 15.0, "cover": {"view_00": 0.9, "view_01": 0.4}},) * 2
-    lines = describe(Report(made=2, before=0, frames=10, seconds=3.0, figures=figures), "out")
+    figures = ({"input_psnr": 15.0, "cover": {"view_00": 0.9, "view_01": 0.4}, "rounds": 0.5},) * 2
+    report = Report(made=2, before=0, frames=10, seconds=3.0, figures=figures)
+    lines = describe(report, "out")
+    assert "of 2 rounds of repair 0.5 were kept" in describe(report, "out", 2)[2]
     assert lines[0] == "made 2 episodes, 10 frames in 3 s: out"
     assert "15.0 dB; they show 65% of the new views' pixels" in lines[1]
     assert "below 20 dB the new views are doubtful" in lines[2]
