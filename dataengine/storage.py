@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 AnyPath = str | PathLike[str]
+UMASK = os.umask(0)
+os.umask(UMASK)  # there is no way to ask without setting it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -64,6 +66,7 @@ def save_tensors(
     separate = _separate(tensors)
     with atomic_write(path) as temporary:
         save_file(separate, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody but the owner read
     return Path(path)
 
 

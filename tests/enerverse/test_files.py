@@ -82,6 +82,11 @@ def test_tensors_round_trip_with_metadata(tmp_path) -> None:
         assert torch.equal(loaded[name], tensor)
 
 
+def test_tensor_files_can_be_read_by_whom_the_umask_lets(tmp_path) -> None:
+    path = files.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    assert path.stat().st_mode & 0o777 == 0o666 & ~storage.UMASK
+
+
 def test_metadata_must_be_text(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"^metadata\['step'\]: expected a string, got int; use json\.dumps$"):
         files.save_tensors(tmp_path / "x.safetensors", {}, {"step": 3})  # type: ignore[dict-item]

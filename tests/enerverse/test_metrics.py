@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from dataengine import quality
 from enerverse import metrics
 from enerverse.metrics.intervals import student_quantile
 
@@ -55,6 +56,19 @@ def test_psnr_on_a_mask_sees_only_the_mask() -> None:
     mask[:4, :4] = True
     assert metrics.psnr(images, reference, mask).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
     assert metrics.psnr(images, reference, torch.zeros_like(mask)).isnan().all()
+
+
+def test_the_window_is_the_same_by_matrices_and_by_convolutions(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.rand(2, 3, 23, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    x.requires_grad_()
+    found = []
+    for small in (quality.SMALL, 0):
+        monkeypatch.setattr(quality, "SMALL", small)
+        value = quality.ssim_map(x, y)
+        found.append((value.detach(), torch.autograd.grad(value.square().sum(), x)[0]))
+    torch.testing.assert_close(*(value for value, _ in found))
+    torch.testing.assert_close(*(gradient for _, gradient in found))
 
 
 def test_ssim_on_a_mask_sees_only_its_centres() -> None:
