@@ -17,6 +17,7 @@ from enerverse.loading import check_device, load_policy, load_world
 if TYPE_CHECKING:
     from enerverse.demo.results import Acting, DemoResults, Imaginations
     from enerverse.demo.takes import Take
+    from enerverse.demo.viewing import Viewed
     from enerverse.pipelines import EnerVersePipeline, EnerVersePolicy
 
 DEMO_SEED = 90_000  # far from every seed of the training data
@@ -42,6 +43,8 @@ class Demo:
     """Frames to imagine per episode."""
     observed: int = 4
     """Frames that the model sees before (CueDelayReach: up to the go signal)."""
+    scene: bool = True
+    """Also make new views of an episode of the first task from two cameras, and a page that plays its 4D scene."""
     device: str | None = None
     """cpu or cuda; when not given, the GPU if there is one."""
 
@@ -54,8 +57,9 @@ class Demo:
             f"demo: {', '.join(self.tasks)}",
             f"imagine {count(self.frames, 'frame')} of {count(self.takes, 'new episode')} per task, from the instruction "
             "and from the actions",
-            f"let the policy play {count(self.episodes, 'episode')} per task in MuJoCo",
-            f"into {self.out / 'report.html'}; with the defaults about two minutes on two quiet cores",
+            f"let the policy play {count(self.episodes, 'episode')} per task in MuJoCo"
+            + (", look at one from where no camera stood" if self.scene else ""),
+            f"into {self.out / 'report.html'}; with the defaults about three minutes on two quiet cores",
         )
         results = measure(self, pipe, policy)
         from enerverse.demo.page import build
@@ -64,6 +68,8 @@ class Demo:
         print(table(results.rows(), results.columns()))
         print(table(results.timing(), ["time", ""]))
         print(f"report: {path}")
+        if results.viewed is not None:
+            print(f"scene: {results.viewed.page}")
         further = command("enerverse imagine", checkpoint=self.checkpoint, device=self.device)
         print(f"next: open it in a browser; {further} --data DATASET")
 
@@ -110,9 +116,13 @@ def measure(settings: Demo, pipe: EnerVersePipeline, policy: EnerVersePolicy) ->
                 memory = compare_memories(settings, pipe, takes)
         with clock.part("acting", task):
             acting[task] = act(settings, policy, task)
+    viewed = None
+    if settings.scene:
+        with clock.part("making views", settings.tasks[0]):
+            viewed = make_views(settings, pipe)
     chunk_times = [told.chunk_ms for part in imaginations.values() for told in part.versions.values()]
     return DemoResults(
-        imaginations=imaginations, acting=acting, memory=memory, seconds=clock.seconds,
+        imaginations=imaginations, acting=acting, memory=memory, viewed=viewed, seconds=clock.seconds,
         chunk_ms=sum(chunk_times) / len(chunk_times), chunk=pipe.unet.config.chunk, fps=config.fps,
         device=device_name(check_device(settings.device)),
         checkpoint=f"Checkpoint: {settings.checkpoint or 'shipped (tiny)'}",
@@ -175,3 +185,30 @@ def act(settings: Demo, policy: EnerVersePolicy, task: str) -> Acting:
         wins=sum(outcome.success for outcome in played.outcomes), episodes=len(played.outcomes),
         success=played.success, steps=played.steps, decision_ms=played.decision_ms, film=played.film(),
     )  # fmt: skip
+
+
+def make_views(settings: Demo, pipe: EnerVersePipeline) -> Viewed:
+    """New views of an episode of the first task: two cameras of a ring are fitted, six look for the generator, and those
+    between are only compared with."""
+    from tempfile import TemporaryDirectory
+
+    from dataengine.episodes import EpisodeDataset
+    from dataengine.views import Views
+    from enerverse.cli.record import Record, record_task
+    from enerverse.demo.viewing import view
+
+    config: Any = pipe.config
+    with TemporaryDirectory() as folder:
+        record_task(
+            Record(
+                task=settings.tasks[0], out=Path(folder) / "data", episodes=1, seed=DEMO_SEED, cameras=(), ring=8,
+                holdout_ring=4, bodies=True, depth=True, image_size=config.image_size,
+            )
+        )  # fmt: skip
+        views = Views.from_episode(EpisodeDataset(Path(folder) / "data")[0])
+    rings = [name for name in views.names if name.startswith("ring")]
+    seen, between = (rings[2], rings[5]), [name for name in views.names if name not in rings]
+    anchors = [name for name in rings if name not in seen]
+    return view(
+        views.select(seen), views.select(anchors), views.select(between[1:3]), settings.out / "scene.html"
+    )

@@ -6,6 +6,7 @@ import numpy as np
 
 from enerverse.cli.messages import count
 from enerverse.demo.results import DemoResults, Imaginations
+from enerverse.demo.viewing import Viewed
 from enerverse.films import comparison
 from enerverse.report import Bar, Report
 
@@ -31,6 +32,15 @@ frames in memory the model cannot know which cube is meant.
 """
 
 
+VIEWS = """
+## From where no camera stood
+
+Two cameras saw an episode. A 4D scene was fitted to them, a small network repaired what it showed from six other places,
+and the scene was fitted again, twice. The films compare it with what cameras at yet other places would have seen, which
+nothing was fitted to. The scene itself plays in `{page}`, beside this file.
+"""
+
+
 def build(results: DemoResults, title: str = "EnerVerse demo") -> Report:
     """The report of the demo; `write` it where it shall lie."""
     page = Report(title)
@@ -46,6 +56,8 @@ def build(results: DemoResults, title: str = "EnerVerse demo") -> Report:
         _imagination(page, task, part, results.fps)
     if results.memory is not None:
         _memory(page, results.memory, results.fps)
+    if results.viewed is not None:
+        _views(page, results.viewed)
     page.text("## The policy at work")
     for task, act in results.acting.items():
         page.text(f"### {task}").video(
@@ -90,4 +102,14 @@ def _curves(page: Report, part: Imaginations) -> None:
     curves = {name: (np.arange(1, len(values) + 1), values) for name, values in part.curves().items()}
     page.curve(
         curves, "imagined frame", "PSNR in dB", "Over all views and episodes, until the first one ends."
+    )
+
+
+def _views(page: Report, part: Viewed) -> None:
+    page.text(VIEWS.format(page=part.page.name))
+    seen = comparison({"observed": part.seen}, part.seen_views, side=SIDE)
+    page.video(seen, part.fps, "what the two cameras saw", width=SHOWN // 2)
+    decibels = ", ".join(f"{name} {value:.1f} dB" for name, value in part.psnr.items())
+    page.video(
+        comparison(part.films, part.views, side=SIDE), part.fps, f"PSNR: {decibels}", width=3 * SHOWN // 2
     )

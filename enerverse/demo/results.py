@@ -9,6 +9,7 @@ import numpy as np
 
 from enerverse.demo.imagining import Imagined, frame_psnr, mean_psnr
 from enerverse.demo.takes import Take
+from enerverse.demo.viewing import Viewed
 from enerverse.metrics import Interval
 
 COPY = "copying the last frame"
@@ -61,12 +62,13 @@ class Acting:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResults:
-    """Everything on the page: per task imaginations and acting; the memory comparison if its task was asked for;
-    milliseconds per chunk of one take; seconds by part."""
+    """Everything on the page: per task imaginations and acting; the memory comparison if its task was asked for, and new
+    views of an episode if they were; milliseconds per chunk of one take; seconds by part."""
 
     imaginations: Mapping[str, Imaginations]
     acting: Mapping[str, Acting]
     memory: Imaginations | None
+    viewed: Viewed | None
     chunk_ms: float
     chunk: int
     fps: float

@@ -82,7 +82,8 @@ class WorldRepairer:
         latents = pipe.autoencoder.encode(small.movedim(-1, -3)[None]).transpose(1, 2).float()
         sized = cameras.scaled_to(size, size).at(0)
         intrinsics, poses = (
-            torch.from_numpy(x).float()[None].to(pipe.device) for x in (sized.intrinsics, sized.camera_to_world)
+            torch.from_numpy(x).float()[None].to(pipe.device)
+            for x in (sized.intrinsics, sized.camera_to_world)
         )
         rays = pipe.draw_rays(intrinsics, poses, (latents.shape[-2], latents.shape[-1]))
         policy, done = pipe.make_memory(), latents[:, :, :1]

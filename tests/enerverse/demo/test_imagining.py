@@ -78,7 +78,7 @@ def results() -> DemoResults:
         film=np.zeros((3, 16, 16, 3), np.uint8),
     )  # fmt: skip
     return DemoResults(
-        imaginations={"Push": part}, acting={"Push": acting}, memory=part, chunk_ms=100.0, chunk=2, fps=10.0,
+        imaginations={"Push": part}, acting={"Push": acting}, memory=part, viewed=None, chunk_ms=100.0, chunk=2, fps=10.0,
         device="cpu", checkpoint="Checkpoint: test", seconds={"imagining": 1.0, "acting": 2.0},
     )  # fmt: skip
 
