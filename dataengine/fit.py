@@ -22,7 +22,8 @@ Callback = Callable[[Scene, dict[str, float]], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Learning rates: metres for means, and of the motion's own numbers; those of its network beside them."""
+    """Learning rates: metres for means, and of the motion's own numbers; those of its network beside them, and of the
+    corrections of poses (metres and radians), of which one frame in T has a gradient at a step."""
 
     means: float = 5e-4
     quats: float = 5e-3
@@ -31,6 +32,7 @@ class Rates:
     harmonics: float = 1e-2
     own: float = 2e-3
     network: float = 2e-3
+    poses: float = 5e-4
     last: float = 0.1
 
     def of(self, name: str) -> float:
@@ -121,8 +123,12 @@ class _Run:
             for name, value in scene.params.items()
             if value.requires_grad
         }
-        learned = [p for p in scene.motion.parameters() if p.requires_grad]
-        self.network = torch.optim.Adam(learned, lr=settings.rates.network) if learned else None
+        learned: dict[str, list[torch.nn.Parameter]] = {"network": [], "poses": []}
+        for name, value in scene.motion.named_parameters():
+            if value.requires_grad:
+                learned["poses" if name.endswith("correction") else "network"].append(value)
+        groups = [{"params": values, "rate": name} for name, values in learned.items() if values]
+        self.network = torch.optim.Adam(groups) if groups else None
         self.strategy = _Densification(self) if settings.densify else None
 
     def advance(self, views: Views, step: int, frame: int) -> float:
@@ -154,7 +160,8 @@ class _Run:
         for name, optimizer in self.optimizers.items():
             optimizer.param_groups[0]["lr"] = factor * rates.of(name)
         if self.network:
-            self.network.param_groups[0]["lr"] = factor * rates.network
+            for group in self.network.param_groups:
+                group["lr"] = factor * rates.of(group["rate"])
 
     def save(self, folder: Path, step: int, records: list[dict[str, float]]) -> None:
         tensors: dict[str, Tensor] = {f"scene.{k}": v for k, v in self.scene.state_dict().items()}

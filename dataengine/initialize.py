@@ -24,15 +24,72 @@ class Start:
 
 
 def moving_pixels(views: Views) -> Tensor:
-    """Which pixels show something that moves, bool ``[T, V, H, W]``: those that differ from their median over time,
-    grown by one pixel. Moving cameras see motion everywhere, and are judged so."""
+    """Which pixels show something that moves, bool ``[T, V, H, W]``.
+
+    Cameras that stand still and have depth: what is nearer than the farthest seen there, or of another colour than
+    that is usually, or that another view looked through at some frame. Otherwise: what differs from its median over
+    time, grown by one pixel. Moving cameras see motion everywhere, and are judged so.
+    """
+    if len(views) < 2:
+        return torch.zeros(views.images.shape[:-1], dtype=torch.bool)
+    if views.depth is None or not _still(views):
+        return _differ_from_median(views)
+    far = views.depth.amax(0)
+    behind = views.depth > far - slack(far)
+    usual = torch.where(behind[..., None], views.images, torch.nan).nanmedian(0).values
+    other = (views.images - usual).abs().amax(-1) > MOVED
+    points = torch.from_numpy(views.cameras.at(0).unproject(far.numpy())).float()
+    through = evidence(points.view(-1, 3), views).through.view(far.shape)
+    return (views.depth > 0) & (~behind | other | through)
+
+
+def _still(views: Views) -> bool:
+    cameras = views.cameras
+    arrays = (cameras.camera_to_world, cameras.intrinsics)
+    return cameras.frames is None or all(np.allclose(array, array[:1], atol=1e-5) for array in arrays)
+
+
+def _differ_from_median(views: Views) -> Tensor:
     median = views.images.median(0).values
     moved = (views.images - median).abs().amax(-1) > MOVED
     if views.depth is not None:
         usual = views.depth.median(0).values
-        far = (views.depth - usual).abs() > 0.02 + 0.02 * usual  # stored depth is coarser where it is far
+        far = (views.depth - usual).abs() > slack(usual)
         moved |= far & (views.depth > 0) & (usual > 0)
     return F.max_pool2d(moved.float(), 3, 1, 1) > 0
+
+
+def slack(depth: Tensor) -> Tensor:
+    """By how much two depths of one surface may differ, metres; stored depth is coarser where it is far."""
+    return 0.02 + 0.02 * depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What depth says of points, bool ``[N]``: some view shows them, some view shows what is behind, some view looked
+    there without knowing the depth."""
+
+    there: Tensor
+    through: Tensor
+    unknown: Tensor
+
+
+def evidence(points: Tensor, views: Views) -> Evidence:
+    """What the depth of `views` says, over all frames, of world points ``[N, 3]`` that do not move."""
+    assert views.depth is not None
+    there, through, unknown = (torch.zeros(len(points), dtype=torch.bool) for _ in range(3))
+    size, view = torch.tensor([views.cameras.width, views.cameras.height]), torch.arange(len(views.names))
+    for frame in range(len(views)):
+        pixels, depth = (torch.from_numpy(x).float() for x in views.cameras.at(frame).project(points.numpy()))
+        inside = ((pixels >= 0) & (pixels < size)).all(-1) & (depth > 0)
+        column, row = torch.where(inside[..., None], pixels, 0.0).long().unbind(-1)
+        # The nearest of a pixel and those beside it: beside an edge, nothing is looked through.
+        least = -F.max_pool2d(-views.depth[frame], 3, 1, 1)
+        here, near = (x[view[:, None], row, column] for x in (views.depth[frame], least))
+        there |= (inside & (here > 0) & ((here - depth).abs() < slack(depth))).any(0)
+        through |= (inside & (near > depth + slack(depth))).any(0)
+        unknown |= (inside & (here == 0)).any(0)
+    return Evidence(there=there, through=through, unknown=unknown)
 
 
 def from_depth(

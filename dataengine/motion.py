@@ -84,9 +84,11 @@ class Rigid(Motion):
         (q0, p0), (q1, p1) = self.pose(0), self.pose(frame)
         body = gaussians.body[moved] - 1
         turn = rotations.multiply(q1, q0 * q0.new_tensor([1, -1, -1, -1]))
-        local = gaussians.means[moved] - p0[body]
-        means = torch.einsum("nij,nj->ni", rotations.to_matrix(turn)[body], local) + p1[body]
-        quats = rotations.multiply(turn[body], gaussians.quats[moved])
+        local = gaussians.means[moved] - p0.index_select(0, body)
+        means = torch.einsum(
+            "nij,nj->ni", rotations.to_matrix(turn).index_select(0, body), local
+        ) + p1.index_select(0, body)
+        quats = rotations.multiply(turn.index_select(0, body), gaussians.quats[moved])
         return gaussians.replace(
             means=gaussians.means.index_copy(0, moved, means),
             quats=gaussians.quats.index_copy(0, moved, quats),
@@ -114,7 +116,7 @@ class Polynomial(Motion):
 
     name = "polynomial"
 
-    def __init__(self, frames: int, *, degree: int = 3, lifetime: float = 1.0, speed: float = 1e-3):
+    def __init__(self, frames: int, *, degree: int = 3, lifetime: float = 0.4, speed: float = 1e-3):
         super().__init__()
         self.frames, self.degree, self.lifetime, self.speed = frames, degree, lifetime, speed
 
@@ -344,7 +346,7 @@ GENERIC: dict[str, Callable[[Gaussians, int], Motion]] = {
     "hexplane": lambda gaussians, frames: HexPlane(*_box(gaussians), frames),
     "tracked": lambda gaussians, frames: Tracked(frames),
 }
-MODELS = ("rigid", *GENERIC)
+MODELS = ("rigid", "bodies", *GENERIC)
 
 
 def _box(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
@@ -353,8 +355,11 @@ def _box(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
     return loose.amin(0).detach(), loose.amax(0).detach()
 
 
-def make_motion(name: str, gaussians: Gaussians, frames: int, poses: Tensor | None = None) -> Motion:
-    """The model `name` of :data:`MODELS` for such Gaussians over `frames` frames; `rigid` needs `poses` [T, n, 4, 4].
+def make_motion(
+    name: str, gaussians: Gaussians, frames: int, poses: Tensor | None = None, *, learn: bool = False
+) -> Motion:
+    """The model `name` of :data:`MODELS` for such Gaussians over `frames` frames; `rigid` and `bodies` need `poses`
+    [T, n, 4, 4], which `rigid` corrects where it may `learn` and `bodies`, whose poses were only guessed, always.
 
     Raises ValueError for an unknown name (the closest is given) and for a rigid model without poses.
     """
@@ -362,13 +367,15 @@ def make_motion(name: str, gaussians: Gaussians, frames: int, poses: Tensor | No
         raise ValueError(
             f"motion: expected one of {', '.join(MODELS)}, got {name!r}; {closest(name, MODELS)}"
         )
-    if name != "rigid":
+    if name in GENERIC:
         return GENERIC[name](gaussians, frames)
     if poses is None:
         raise ValueError(
-            "motion: expected poses of the bodies for rigid, got none; use hexplane or polynomial"
+            f"motion: expected poses of the bodies for {name}, got none; use hexplane or polynomial"
         )
-    return Rigid(poses)
+    if name == "bodies":
+        return Together(Rigid(poses, learn=True), Polynomial(frames))
+    return Rigid(poses, learn=learn)
 
 
 def describe_motion(motion: Motion) -> dict[str, Any]:

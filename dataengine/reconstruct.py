@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
 from dataengine.motion import MODELS, make_motion
 from dataengine.quality import psnr, ssim
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath
+from dataengine.tracking import track_bodies
 from dataengine.views import Views
 
 STILL = 1e-3  # share of moving pixels below which nothing moves
@@ -30,12 +32,16 @@ class Reconstruction:
         motion: `auto` (see `choose_motion`) or one of :data:`dataengine.motion.MODELS`.
         spacing: side of a cell in pixels, of which every one that depth shows starts a Gaussian.
         degree: of the spherical harmonics of the colour.
+        complete: guess what no camera saw: planes go on (`dataengine.completion`), behind them is the usual colour.
+        learn_poses: correct the poses that `rigid` is given; those that `bodies` finds always are.
         fit: the optimisation.
     """
 
     motion: str = "auto"
     spacing: float = 1.5
     degree: int = 0
+    complete: bool = True
+    learn_poses: bool = False
     fit: Fit = field(default_factory=Fit)
 
 
@@ -73,18 +79,28 @@ def begin(views: Views, settings: Reconstruction) -> Scene:
     """The scene that a fit starts from."""
     name = choose_motion(views) if settings.motion == "auto" else settings.motion
     poses = None if views.bodies is None else torch.from_numpy(views.bodies.poses).float()
-    start = _start(views, name, poses, settings)
-    motion = make_motion(name, start.gaussians, len(views), poses)
-    return Scene(start.gaussians, motion, len(views), start.born)
+    labels = views.body_ids
+    if name == "bodies":
+        tracks = track_bodies(views)
+        labels, poses = tracks.labels, tracks.poses
+    start = _start(views, name, labels, poses, settings)
+    motion = make_motion(name, start.gaussians, len(views), poses, learn=settings.learn_poses)
+    scene = Scene(start.gaussians, motion, len(views), start.born)
+    if settings.complete and views.depth is not None:
+        scene = scene.with_more(complete(scene.canonical.detach(), views))
+        scene.background.copy_(backdrop(views))
+    return scene
 
 
-def _start(views: Views, name: str, poses: Tensor | None, settings: Reconstruction) -> Start:
+def _start(
+    views: Views, name: str, labels: Tensor | None, poses: Tensor | None, settings: Reconstruction
+) -> Start:
     if name not in MODELS:  # the sentence with the closest name
         make_motion(name, from_frusta(views, 1).gaussians, 1)
     if views.depth is None:
         return from_frusta(views)
-    if name == "rigid":
-        return from_depth(views, views.body_ids, poses, spacing=settings.spacing, degree=settings.degree)
+    if name in ("rigid", "bodies"):
+        return from_depth(views, labels, poses, spacing=settings.spacing, degree=settings.degree)
     if name == "static":
         still = torch.zeros(views.images.shape[:-1], dtype=torch.long)
         return from_depth(views, still, spacing=settings.spacing, degree=settings.degree)
