@@ -10,9 +10,10 @@ import torch
 from dataengine import fit
 from dataengine.cameras import Cameras
 from dataengine.captures import read_colmap, read_transforms, write_colmap, write_transforms
-from dataengine.episodes import EpisodeDataset
+from dataengine.episodes import DatasetError, EpisodeDataset
 from dataengine.export import read_film, read_ply, read_ply_sequence, read_splat
 from dataengine.fit import Fit
+from dataengine.lerobot.sidecar import read_cameras
 from dataengine.reconstruct import Reconstruction
 from dataengine.scenes import check_formats, make_scene, read_parts
 from tests.dataengine.scene.conftest import capture, ring, save_dataset
@@ -198,3 +199,34 @@ def test_a_scene_shows_which_body_is_where(seen3):
     ids = world().body_ids(cameras, 2, 1)
     truth = seen3.body_ids[2] > 0
     assert ((ids > 0) & truth).sum() > 0.8 * ((ids > 0) | truth).sum()
+
+
+def test_scaled_views_keep_edges_and_geometry(seen3):
+    small = seen3.scaled_to(12, 8)
+    assert small.images.shape == (4, 3, 8, 12, 3)
+    torch.testing.assert_close(small.images[..., 0].mean(), seen3.images[..., 0].mean())
+    assert set(small.depth.flatten().tolist()) <= set(
+        seen3.depth.flatten().tolist()
+    )  # no depth between two surfaces
+    assert set(small.body_ids.flatten().tolist()) == {0, 1}
+    point = np.array([[0.1, 0.2, 0.0]])
+    ours, theirs = small.cameras.project(point)[0], seen3.cameras.project(point)[0]
+    np.testing.assert_allclose(ours, theirs * (0.5, 1 / 3))
+    assert seen3.scaled_to(24, 24) is seen3
+
+
+def test_a_file_of_cameras_is_read_for_a_size(seen3, tmp_path):
+    path = tmp_path / "cameras.json"
+    path.write_text(seen3.cameras.to_json())
+    found = read_cameras(path, (12, 12))
+    assert found.names == seen3.names
+    np.testing.assert_allclose(found.intrinsics, seen3.cameras.scaled_to(12, 12).intrinsics)
+    np.testing.assert_allclose(found.camera_to_world, seen3.cameras.camera_to_world)
+    path.write_text('{"convention": "OpenCV"}')
+    with pytest.raises(
+        DatasetError, match="expected view -> camera, got no camera; write intrinsics and poses"
+    ):
+        read_cameras(path, (12, 12))
+    path.write_text("[]")
+    with pytest.raises(DatasetError, match="expected an object, got list"):
+        read_cameras(path, (12, 12))
