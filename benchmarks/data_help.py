@@ -8,7 +8,7 @@ tried from cameras that none of them was trained on.
 80 demonstrations of a task were seen by two cameras. The arms differ only in the pictures they are trained on:
 
     few        the two views
-    rendered   and six more, rendered from scenes fitted to the two
+    rendered   and six more, rendered from scenes fitted to the two, their planes completed
     flywheel   the same six after two turns of the flywheel
     true       the same six as cameras there saw them
 
@@ -128,7 +128,7 @@ def make(settings: Make) -> None:
     assert cameras is not None
     wheel = Flywheel(
         rounds=settings.rounds if generator else 0,
-        start=Reconstruction(fit=Fit(steps=settings.steps, quiet=True)),
+        start=Reconstruction(complete=generator is None, fit=Fit(steps=settings.steps, quiet=True)),
         refit=Fit(steps=60, quiet=True),
     )
     new = cameras.select([name for name in RING if name not in OBSERVED]).at(0)

@@ -14,6 +14,7 @@ VARIANTS = {
     "more_iterations": "more iterations (control)",
     "self_distillation": "self-distillation (control)",
     "constant_fill": "constant fill (control)",
+    "planes": "planes completed, no generator (control)",
     "oracle": "true pictures (oracle)",
 }
 DATA = {
@@ -102,7 +103,8 @@ def data_help_section(values: dict[str, Any]) -> Section:
             gain = spread(row["gain_over_copying"], "{:+.1f}")
             rows.append([label, cameras, spread(percent, "{:.0f}"), str(row["episodes"]), p,
                          f"{row['psnr_moving']:.1f}", gain, f"{row['psnr']:.1f}"])  # fmt: skip
-            bars.append(Bar(f"{label}, {cameras.split()[-1]}", *percent, cameras))
+            middle, low, high = percent
+            bars.append(Bar(f"{label}, {cameras.split()[-1]}", middle, low, high, cameras))
     head = ["trained on", "tried from", "success, %", "episodes", "p against (a)", "moving PSNR", "gain over copying",
             "PSNR"]  # fmt: skip
     note = f"Seeds of training: {', '.join(seeds)}." if seeds else ""

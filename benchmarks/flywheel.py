@@ -9,7 +9,8 @@ variants go on from one first fit and are not gated:
 
     restorer            the shipped restorer            minute             the same network after its minute of training
     more_iterations     fit on, no made views           self_distillation  renders as they are
-    constant_fill       the mean colour in holes        oracle             true pictures at the anchors
+    constant_fill       the mean colour in holes        planes             no generator, but planes completed at the start
+    oracle              true pictures at the anchors
 
 Afterwards the gated wheel turns up to six times, to see where it stops by itself. Logs of scenes are kept in the working
 folder; running again goes on. Writes `flywheel.json`, all logs, and `docs/figures/flywheel.svg`.
@@ -67,7 +68,7 @@ class FlywheelCase:
 
     def settings(self, rounds: int) -> Flywheel:
         """Of every scene."""
-        start = Reconstruction(fit=Fit(steps=80, quiet=True))
+        start = Reconstruction(complete=False, fit=Fit(steps=80, quiet=True))
         return Flywheel(rounds=rounds, start=start, refit=Fit(steps=60, quiet=True))
 
 
@@ -159,13 +160,13 @@ def summarise(logs: list[dict[str, Any]]) -> dict[str, Any]:
         for variant in variants
     }
     gains = {v: column(v, last, "psnr") - column(v, 0, "psnr") for v in variants}
-    controls = [v for v in CONTROLS if v in variants and v != "oracle"]
+    controls = [v for v in (*CONTROLS, "planes") if v in variants and v != "oracle"]
     best = max(controls, key=lambda v: gains[v].mean())
     values: dict[str, Any] = {
         "scenes": len(logs), "rounds": table, "best_control": best,
         "gain": {v: as_list(mean_interval(gains[v].tolist())) for v in variants},
     }  # fmt: skip
-    ours = [v for v in variants if v not in CONTROLS]
+    ours = [v for v in variants if v not in (*controls, "oracle")]
     values["over_best_control"] = {v: as_list(mean_interval((gains[v] - gains[best]).tolist())) for v in ours}
     for name in ("reprojection", "reprojection_depth"):
         change = {v: column(v, last, name) / column(v, 0, name) - 1 for v in variants}

@@ -54,7 +54,7 @@ class Flywheel:
     """
 
     rounds: int = 2
-    start: Reconstruction = field(default_factory=Reconstruction)
+    start: Reconstruction = field(default_factory=lambda: Reconstruction(complete=False))
     refit: Fit = field(default_factory=lambda: Fit(steps=80))
     weight: float = 0.5
     grow: bool = True
@@ -142,18 +142,23 @@ def with_controls(
 ) -> dict[str, list[dict[str, Any]]]:
     """Logs of the flywheel with each of `generators` and with each control, all from the same first fit and ungated.
 
-    The oracle runs only where the truth at the anchor cameras is known.
+    The oracle runs only where the truth at the anchor cameras is known. The control `planes` starts anew from a scene
+    whose planes were completed, which needs no generator either, and is fitted on; its round 0 is the common first fit.
     """
     settings = settings or Flywheel()
     scene = first_fit(views, settings)
     runs: dict[str, Generator | None] = dict(generators)
     runs |= {name: make() for name, make in CONTROLS.items() if name != "oracle" or anchors is not None}
-    return {
+    logs = {
         name: flywheel(
             views, generator, cameras, settings, scene=copy.deepcopy(scene), held_out=held_out, anchors=anchors, gate=False
         ).log
         for name, generator in runs.items()
     }  # fmt: skip
+    completed = replace(settings, start=replace(settings.start, complete=True))
+    fitted_on = flywheel(views, None, cameras, completed, held_out=held_out, gate=False).log
+    logs["planes"] = [logs["more_iterations"][0], *fitted_on[1:]]
+    return logs
 
 
 def look(scene: Scene, cameras: Cameras, frames: int) -> Renders:

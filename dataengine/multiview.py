@@ -24,6 +24,7 @@ from dataengine.cameras import Cameras
 from dataengine.episodes import EpisodeDataset, EpisodeWriter
 from dataengine.flywheel import CHANGED, Flywheel, first_fit, flywheel, look
 from dataengine.generators import Generator, Renders, fill_depth
+from dataengine.initialize import evidence
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.made import MadeDataset, add_window, writer_arguments
 from dataengine.placement import place_cameras
@@ -115,7 +116,7 @@ def multiply(
     if generator is None:
         settings = replace(settings, rounds=0)
     scene = first_fit(views, settings)
-    cover = look(scene, cameras, len(views)).alpha.mean((0, 2, 3))
+    cover = confirmed(scene, cameras, views)
     turned = flywheel(views, generator, cameras, settings, scene=scene)
     kept = [record for record in turned.log if record["kept"]]
     figures = {
@@ -126,6 +127,22 @@ def multiply(
     repaired = any(record.get("changed", 0.0) > 0 for record in kept)
     made = finish(turned.scene, views, cameras, generator, repaired=repaired)
     return Multiplied(views=made, figures=figures | {"seconds": time.perf_counter() - began})
+
+
+@torch.no_grad()
+def confirmed(scene: Scene, cameras: Cameras, views: Views) -> torch.Tensor:
+    """Share ``[V]`` of the pixels of `cameras` whose surface in `scene` some observed view shows too, at the first, the
+    middle and the last frame; without depth, the share that the scene covers."""
+    shares = []
+    for frame in sorted({0, len(views) // 2, len(views) - 1}):
+        shown = scene.render(cameras, frame)
+        seen = shown.alpha
+        if views.depth is not None:
+            points = torch.from_numpy(cameras.at(frame).unproject(shown.depth.numpy())).float()
+            there = evidence(points.view(-1, 3), views).there.view(seen.shape)
+            seen = (there & (seen > 0.5)).float()
+        shares.append(seen.mean((1, 2)))
+    return torch.stack(shares).mean(0)
 
 
 def finish(

@@ -95,10 +95,14 @@ class Multiview:
         """What the flags say. Raises ValueError or FileNotFoundError for a file of cameras that is none."""
         from dataengine.fit import Fit
         from dataengine.flywheel import Flywheel
+        from dataengine.generators import default_generator
         from dataengine.multiview import Multiview as Settings
         from dataengine.reconstruct import Reconstruction
 
-        start = Reconstruction(fit=Fit(steps=self.steps, seed=self.seed, quiet=self.workers > 1))
+        plain = (self.generator or default_generator()) == "none"  # else the generator fills what is missing
+        start = Reconstruction(
+            complete=plain, fit=Fit(steps=self.steps, seed=self.seed, quiet=self.workers > 1)
+        )
         wheel = Flywheel(rounds=self.rounds, start=start)
         wheel = replace(wheel, refit=replace(wheel.refit, seed=self.seed, quiet=self.workers > 1))
         return Settings(

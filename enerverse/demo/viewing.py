@@ -40,7 +40,8 @@ def view(seen: Views, anchors: Views, unseen: Views, page: Path) -> Viewed:
     every = max(1, len(seen) // FRAMES)
     seen, anchors, unseen = (views.at(slice(0, None, every)) for views in (seen, anchors, unseen))
     settings = Flywheel(
-        start=Reconstruction(fit=Fit(steps=STEPS, quiet=True)), refit=Fit(steps=REFIT, quiet=True)
+        start=Reconstruction(complete=False, fit=Fit(steps=STEPS, quiet=True)),
+        refit=Fit(steps=REFIT, quiet=True),
     )
     scene = first_fit(seen, settings)
     shown = {"truth": unseen.images, "first fit": look(scene, unseen.cameras, len(seen)).images}

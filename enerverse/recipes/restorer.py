@@ -100,7 +100,9 @@ def settings_of(recipe: RestorerRecipe, lesson: Lesson) -> Flywheel:
     """How the scene of a lesson is fitted."""
     steps = random.Random(f"{recipe.seed} {lesson.name}").choice(STEPS)
     quiet = Fit(steps=steps, quiet=True)
-    return Flywheel(rounds=1, start=Reconstruction(fit=quiet), refit=Fit(steps=60, quiet=True))
+    return Flywheel(
+        rounds=1, start=Reconstruction(complete=False, fit=quiet), refit=Fit(steps=60, quiet=True)
+    )
 
 
 def first_look(recipe: RestorerRecipe, lesson: Lesson) -> Renders:

@@ -21,6 +21,7 @@ def scene(offset, ours, fill):
         "more_iterations": log(18 + offset, 18 + offset, 18 + offset, reprojection=(0.04, 0.04, 0.04)),
         "self_distillation": log(18 + offset, 18 + offset, 18.1 + offset),
         "constant_fill": log(18 + offset, 19 + offset, 18 + offset + fill),
+        "planes": log(18 + offset, 19 + offset, 19.5 + offset),
         "oracle": log(18 + offset, 22 + offset, 24 + offset),
     }
 

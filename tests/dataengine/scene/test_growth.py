@@ -12,7 +12,9 @@ from dataengine.growth import behind_empty_space, grown, seen_empty
 from dataengine.reconstruct import Reconstruction
 from tests.dataengine.scene.conftest import world
 
-SETTINGS = Flywheel(start=Reconstruction(fit=Fit(steps=12, quiet=True)), refit=Fit(steps=12, quiet=True))
+SETTINGS = Flywheel(
+    start=Reconstruction(complete=False, fit=Fit(steps=12, quiet=True)), refit=Fit(steps=12, quiet=True)
+)
 
 
 def test_space_before_a_surface_is_empty_and_behind_it_is_not_known(few):

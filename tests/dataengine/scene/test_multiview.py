@@ -18,7 +18,9 @@ from dataengine.sources import open_reading, windows
 from tests.dataengine.scene.conftest import capture, look_at, ring, save_dataset
 
 QUICK = Flywheel(
-    rounds=1, start=Reconstruction(fit=Fit(steps=12, quiet=True)), refit=Fit(steps=6, quiet=True)
+    rounds=1,
+    start=Reconstruction(complete=False, fit=Fit(steps=12, quiet=True)),
+    refit=Fit(steps=6, quiet=True),
 )
 SETTINGS = Multiview(views=4, flywheel=QUICK, window=3)
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
