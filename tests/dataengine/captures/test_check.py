@@ -182,6 +182,16 @@ def test_a_view_that_sees_nothing_of_the_others(make_scene, aim, depth):
         check_views(bad)
 
 
+@pytest.mark.parametrize("turn", range(6))
+def test_a_pair_that_shares_nothing_is_not_taken_for_wrong_axes(make_scene, aim, turn):
+    views = make_scene(1)
+    pair = views.select(views.names[:2])
+    poses = pair.cameras.camera_to_world.copy()
+    away = np.array([np.cos(turn), np.sin(turn), 0.3])
+    poses[1] = aim(tuple(6 * away), tuple(20 * away))
+    assert {problem.kind for problem in find_problems(with_poses(pair, poses))} == {"blind"}
+
+
 def arrays(views):
     """What a user with numpy arrays holds."""
     names = views.names
