@@ -5,7 +5,8 @@
 One episode per task, 16 frames spread over it, colour and depth. `rigid` is given the poses of the bodies and which pixel
 shows which; the others find by themselves what moves. More rows on one task: planes not completed, poses disturbed by 1 to
 2 cm (kept so, and learned), and colour alone, without depth. Writes `scenes.json` after every row, and goes on with the
-rows of the same commit that are there. Episodes are kept in `data`.
+rows of the same commit that are there. Episodes are kept in `data`, and in `strips` the pictures of the task with more
+rows, of which `docs/figures/scenes.png` is made.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import tyro
@@ -26,8 +28,10 @@ from dataengine.bodies import Bodies
 from dataengine.episodes import EpisodeDataset, EpisodeWriter
 from dataengine.fit import Fit
 from dataengine.motion import MODELS
-from dataengine.reconstruct import Reconstruction, measure, reconstruct
+from dataengine.reconstruct import Reconstruction, measure, reconstruct, render_all
 from dataengine.record import record, writer_arguments
+from dataengine.scene import Scene
+from dataengine.storage import atomic_write
 from dataengine.views import Views
 from enerverse.cli.simulator import SeededExpert, make_env
 from enerverse.environment import device_name
@@ -40,6 +44,8 @@ SPECIAL = (
     "rigid, poses disturbed and learned",
     "static, colour alone",
 )
+PICTURED = ("rigid", "bodies", "static")
+FIGURE = Path("docs/figures/scenes.png")
 DISTURBED = (0.01, 0.02)  # metres, shortest and longest
 
 
@@ -56,6 +62,7 @@ class Scenes:
     steps: int = 300
     seed: int = 0
     data: Path = Path("runs/4d")
+    strips: Path = Path("runs/strips")
     case: str = "scenes"
 
 
@@ -111,17 +118,37 @@ def variants(fitted: Views, settings: Scenes) -> dict[str, tuple[Views, Reconstr
     return dict(zip(SPECIAL, plans, strict=True))
 
 
-def row(fitted: Views, unseen: Views, plan: Reconstruction) -> dict[str, float]:
-    """Measures on the cameras never seen, and how long the fit took."""
+def row(fitted: Views, unseen: Views, plan: Reconstruction) -> tuple[Scene, dict[str, float]]:
+    """The scene, measures on the cameras never seen, and how long the fit took."""
     began = time.process_time()
     scene = reconstruct(fitted, plan)
     seconds = time.process_time() - began
     assert unseen.body_ids is not None
-    return measure(scene, unseen, unseen.body_ids > 0) | {
-        "fitted_psnr": measure(scene, fitted)["psnr"],
-        "gaussians": len(scene),
-        "seconds": seconds,
-    }
+    found = measure(scene, unseen, unseen.body_ids > 0)
+    fitted_psnr = measure(scene, fitted)["psnr"]
+    return scene, found | {"fitted_psnr": fitted_psnr, "gaussians": len(scene), "seconds": seconds}
+
+
+def strip(images: torch.Tensor, name: str) -> np.ndarray:
+    """Pictures ``[T, V, H, W, 3]`` of two cameras at three frames side by side, under a line that names them: BGR."""
+    last = len(images) - 1
+    chosen = [images[t, v] for v in (0, 2) for t in (0, last // 2, last)]
+    row = (255 * torch.cat(chosen, 1).numpy()[..., ::-1]).round().astype(np.uint8)
+    title = np.full((18, row.shape[1], 3), 255, np.uint8)
+    cv2.putText(title, name, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (40, 40, 40), 1, cv2.LINE_AA)
+    return np.concatenate([title, row])
+
+
+def keep_picture(folder: Path, name: str, images: torch.Tensor, title: str) -> None:
+    """Keep a strip, and where all of them are there, make the figure of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / f"{name}.png"), strip(images, title))
+    paths = [folder / f"{each}.png" for each in ("truth", *PICTURED)]
+    if not all(path.exists() for path in paths):
+        return
+    with atomic_write(FIGURE) as temporary:
+        whole = np.concatenate([np.asarray(cv2.imread(str(path))) for path in paths])
+        temporary.write_bytes(cv2.imencode(".png", whole)[1].tobytes())
 
 
 def rows(settings: Scenes) -> Iterator[tuple[str, int, str]]:
@@ -156,8 +183,13 @@ def main(settings: Scenes) -> None:
             fitted, plan = variants(fitted, settings)[name]
         else:
             plan = Reconstruction(motion=name)
-        found = row(fitted, unseen, replace(plan, fit=Fit(steps=settings.steps, seed=settings.seed)))
+        scene, found = row(fitted, unseen, replace(plan, fit=Fit(steps=settings.steps, seed=settings.seed)))
         values[key] = found
+        if settings.special == (task, size) and name in PICTURED:
+            strips = settings.strips
+            keep_picture(strips, "truth", unseen.images, "held-out cameras, truth")
+            title = f"{name}: {found['psnr']:.1f} dB, moving pixels {found['moving_psnr']:.1f} dB"
+            keep_picture(strips, name, render_all(scene, unseen)[0], title)
         print(
             f"{key:45} {found['psnr']:.2f} dB, moving {found['moving_psnr']:.2f} dB, "
             f"{found['gaussians']:.0f} Gaussians, {found['seconds']:.0f} s",
