@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from dataengine.gaussians import STATIC, Gaussians
-from dataengine.initialize import evidence
+from dataengine.initialize import evidence, normals
 from dataengine.views import Views
 
 FEWEST = 0.02  # share of the static Gaussians that a plane holds at least
 CELLS = 96  # of the longer side of a plane
+LEVEL = 0.9  # cosine of the angle between a plane and the surface at half of its points, at least
+SAMPLED = 500  # points at which that is asked
 BEYOND = 0.5  # how much further a plane may go than it was seen, as a share of its size
 TRIALS = 256  # planes through three points that are tried
 NEAREST = 12  # Gaussians that give a guessed one its colour
@@ -62,8 +64,10 @@ def find_planes(still: Gaussians, most: int, seed: int = 0) -> list[Plane]:
             break
         inside = free.clone()
         inside[free] = best
-        found.append(_through(points, inside))
+        plane = _through(points, inside)
         free &= ~inside
+        if _is_surface(plane, points, generator):
+            found.append(plane)
     return found
 
 
@@ -72,6 +76,13 @@ def _through(points: Tensor, inside: Tensor) -> Plane:
     centre = points[inside].mean(0)
     normal = torch.linalg.svd(points[inside] - centre, full_matrices=False).Vh[2]
     return Plane(normal=normal, offset=normal @ centre, inside=inside)
+
+
+def _is_surface(plane: Plane, points: Tensor, generator: torch.Generator) -> bool:
+    """Whether the surface at half of the points of a plane lies in it, and does not merely cross it."""
+    held = plane.inside.nonzero().squeeze(-1)
+    some = held[torch.randint(len(held), (SAMPLED,), generator=generator)]
+    return bool(((normals(points[some], points) @ plane.normal).abs() > LEVEL).float().mean() > 0.5)
 
 
 def _fill(plane: Plane, still: Gaussians, views: Views) -> Gaussians:

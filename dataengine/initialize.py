@@ -92,6 +92,16 @@ def evidence(points: Tensor, views: Views) -> Evidence:
     return Evidence(there=there, through=through, unknown=unknown)
 
 
+def normals(points: Tensor, among: Tensor, count: int = 9) -> Tensor:
+    """Unit normals ``[n, 3]``, of either sign, at `points` ``[n, 3]``: of the planes through the nearest `count` of
+    `among`; zero where there are fewer."""
+    if len(among) < count:
+        return torch.zeros_like(points)
+    near = torch.cat([torch.cdist(p, among).topk(count, largest=False).indices for p in points.split(1024)])
+    around = among[near] - among[near].mean(1, keepdim=True)
+    return torch.linalg.eigh(around.mT @ around).eigenvectors[..., 0]
+
+
 def from_depth(
     views: Views,
     bodies: Tensor | None = None,

@@ -18,10 +18,10 @@ from dataengine.storage import AnyPath
 from dataengine.tracking import track_bodies
 from dataengine.views import Views
 
-STILL = 1e-3  # share of moving pixels below which nothing moves
-GENERIC = (
-    "polynomial"  # of the models that need no poses, the one with the best moving pixels in `docs/data.md`
-)
+STILL, MOST = (
+    1e-3,
+    0.5,
+)  # share of moving pixels: below it nothing moves, above it no body can be told from the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,15 @@ class Reconstruction:
 
 
 def choose_motion(views: Views) -> str:
-    """`rigid` where bodies and their pixels are known; `static` where less than a thousandth of all pixels move; else the
-    best of the models that need neither, `polynomial`."""
+    """`rigid` where bodies and their pixels are known; `static` where less than a thousandth of all pixels move;
+    `polynomial` without depth, or where most pixels move (cameras that move, say); else `bodies`, which of the models that
+    need no poses shows moving pixels best."""
     if views.bodies is not None and views.body_ids is not None:
         return "rigid"
-    return "static" if moving_pixels(views).float().mean() < STILL else GENERIC
+    moving = float(moving_pixels(views).float().mean())
+    if moving < STILL:
+        return "static"
+    return "polynomial" if views.depth is None or moving > MOST else "bodies"
 
 
 def reconstruct(
@@ -104,7 +108,7 @@ def _start(
     if name == "static":
         still = torch.zeros(views.images.shape[:-1], dtype=torch.long)
         return from_depth(views, still, spacing=settings.spacing, degree=settings.degree)
-    frames = "first" if name == "tracked" else "born"
+    frames = "born" if name == "polynomial" else "first"
     return from_depth(views, spacing=settings.spacing, degree=settings.degree, generic=frames)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dataengine import rotations
 from dataengine.gaussians import LOOSE, STATIC
-from dataengine.initialize import moving_pixels
+from dataengine.initialize import moving_pixels, normals
 from dataengine.views import Views
 
 
@@ -110,16 +110,7 @@ def _voxels(points: Tensor, colors: Tensor, settings: Tracking) -> _Frame:
     key = (points / settings.voxel).floor().long()
     _, group, count = torch.unique(key, dim=0, return_inverse=True, return_counts=True)
     means = [x.new_zeros(len(count), 3).index_add_(0, group, x) / count[:, None] for x in (points, colors)]
-    return _Frame(points=means[0], colors=means[1], normals=_normals(means[0]), voxel=group)
-
-
-def _normals(points: Tensor) -> Tensor:
-    """Unit normals ``[n, 3]`` of the planes through the nearest nine, of either sign."""
-    if len(points) < 9:
-        return points.new_zeros(len(points), 3)
-    near = torch.cat([torch.cdist(p, points).topk(9, largest=False).indices for p in points.split(1024)])
-    around = points[near] - points[near].mean(1, keepdim=True)
-    return torch.linalg.eigh(around.mT @ around).eigenvectors[..., 0]
+    return _Frame(points=means[0], colors=means[1], normals=normals(means[0], means[0]), voxel=group)
 
 
 def _features(points: Tensor, colors: Tensor, settings: Tracking) -> Tensor:

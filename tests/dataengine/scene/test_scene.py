@@ -149,7 +149,8 @@ def test_what_moves_is_found(seen):
 def test_the_motion_is_chosen_by_what_is_known(seen):
     assert choose_motion(seen) == "rigid"
     blind = dataclasses.replace(seen, bodies=None, body_ids=None)
-    assert choose_motion(blind) == "polynomial"
+    assert choose_motion(blind) == "bodies"
+    assert choose_motion(dataclasses.replace(blind, depth=None)) == "polynomial"
     assert choose_motion(blind.at(slice(0, 1))) == "static"
 
 
@@ -222,6 +223,11 @@ def test_planes_go_on_where_no_camera_looked(seen):
         inside = ((pixels[view] > 0) & (pixels[view] < (cut.cameras.width, half))).all(-1) & (far[view] > 0)
         column, row = pixels[view][inside].astype(int).T
         assert (cut.depth[0, view, row, column].numpy() < far[view][inside] + 0.1).all()
+
+
+def test_a_heap_of_points_holds_no_plane():
+    """A plane through it merely crosses it."""
+    assert find_planes(cloud(2000), 4) == []
 
 
 def test_completion_is_an_option(seen):
