@@ -18,10 +18,8 @@ from dataengine.storage import AnyPath
 from dataengine.tracking import track_bodies
 from dataengine.views import Views
 
-STILL, MOST = (
-    1e-3,
-    0.5,
-)  # share of moving pixels: below it nothing moves, above it no body can be told from the rest
+STILL = 1e-3  # share of moving pixels below which nothing moves
+MOST = 0.5  # and above which no body can be told from the rest
 
 
 @dataclass(frozen=True, kw_only=True)
