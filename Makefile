@@ -66,6 +66,7 @@ engine: $(READY)
 	for arm in rendered flywheel; do $(PY) -m benchmarks.data_help make --arm $$arm || exit 1; done
 	for arm in few rendered flywheel true; do $(PY) -m benchmarks.data_help train --arm $$arm || exit 1; done
 	$(PY) -m benchmarks.data_help evaluate
+	$(PY) -m benchmarks.repair
 
 claims: $(READY)
 	$(PY) -m benchmarks.claims all

@@ -89,6 +89,14 @@ def _stops(gated: dict[str, Any]) -> list[str]:
     return found
 
 
+def repair_section(values: dict[str, Any]) -> Section:
+    """The world model as a generator beside the plain ones."""
+    rows = [[name, f"{row['psnr']:.2f}", f"{row['moving_psnr']:.2f}"] for name, row in values.items()]
+    scenes = next(iter(values.values()))["scenes"]
+    note = f"Pictures of six anchor cameras in {scenes} scenes, nine frames each; the number is the strength of the noise."
+    return "\n\n".join([table(["repaired by", "PSNR", "moving"], rows), note]), {}
+
+
 def data_help_section(values: dict[str, Any]) -> Section:
     """Success and PSNR of models trained on each kind of data."""
     seeds = sorted({key.rsplit("/", 1)[1] for key in values if "/" in key})
@@ -184,6 +192,7 @@ def recording_section(values: dict[str, Any]) -> Section:
 
 DATA_SECTIONS = {
     "flywheel": ("The flywheel, turned twice", flywheel_section),
+    "repair": ("The world model as a generator", repair_section),
     "data_help": ("Do made views help?", data_help_section),
     "scenes": ("4D scenes on cameras never seen", scenes_section),
     "speed/rasterize": ("The rasteriser on one CPU core", rasterize_section),

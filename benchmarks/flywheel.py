@@ -82,8 +82,8 @@ class Stage:
     anchors: Views
 
 
-def stages(case: FlywheelCase) -> list[Stage]:
-    """All scenes, recorded where they are not there yet."""
+def stages(case: FlywheelCase, frames_in_a_row: int = 0) -> list[Stage]:
+    """All scenes, recorded where they are not there yet; of so many frames in a row from the ninth on, where asked."""
     found = []
     for task in TASKS:
         folder = case.run / "data" / task
@@ -95,7 +95,10 @@ def stages(case: FlywheelCase) -> list[Stage]:
         )  # fmt: skip
         dataset = EpisodeDataset(folder)
         for index in range(case.scenes):
-            views = spread(Views.from_episode(dataset[index]), case.frames)
+            whole = Views.from_episode(dataset[index])
+            views = (
+                spread(whole, case.frames) if not frames_in_a_row else whole.at(slice(8, 8 + frames_in_a_row))
+            )
             rest = [name for name in views.names if name not in OBSERVED]
             groups = ([n for n in rest if n.startswith(start)] for start in ("holdout", "ring"))
             held_out, anchors = (views.select(group) for group in groups)
