@@ -34,6 +34,18 @@ class DatasetWriteError(OSError):
         self.errno = errno
 
 
+class WorkError(RuntimeError):
+    """Some of many items could not be worked on; what was finished of the others is kept.
+
+    Attributes:
+        names: the items that failed, by name.
+    """
+
+    def __init__(self, message: str, names: list[str]):
+        super().__init__(message)
+        self.names = names
+
+
 def damaged(path: Path, episode: int, frame: int, reason: object) -> DatasetError:
     """The error for a file of one episode that cannot be read from some frame on."""
     return DatasetError(
