@@ -34,6 +34,10 @@ class DatasetWriteError(OSError):
         self.errno = errno
 
 
+class MissingPackage(ImportError):
+    """A package that only some things need is not installed; the sentence says how to install it."""
+
+
 class WorkError(RuntimeError):
     """Some of many items could not be worked on; what was finished of the others is kept.
 

@@ -10,18 +10,23 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from dataengine.errors import MissingPackage
+
 PATIENCE = (
     5.0  # seconds that an address may take to answer; Ray itself waits for two minutes, then ends the process
 )
+# nothing is reported, and workers are as urgent as this process: Ray would make them so patient (nice 15) that they
+# hardly run beside anything else
+LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 OBJECTS = 128 * 2**20  # bytes of Ray's own store, which tasks here hardly need: they return small values
 
 
 def import_ray() -> ModuleType:
-    """The package ray; ImportError in one sentence where it is not installed."""
+    """The package ray; MissingPackage, an ImportError in one sentence, where it is not installed."""
     try:
         import ray
     except ImportError:
-        raise ImportError(
+        raise MissingPackage(
             'workers: expected the package ray for more than one worker, found none; pip install "enerverse[ray]"'
         ) from None
     return ray
@@ -42,7 +47,7 @@ def connected(workers: int, address: str | None) -> Iterator[Any]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        with _environment(local_settings()):
+        with _environment(LOCAL):
             ray.init(
                 "local",
                 num_cpus=workers,
@@ -74,12 +79,6 @@ def _connect(ray: Any, address: str, options: Mapping[str, Any]) -> None:
             f"address: expected a Ray cluster at {address!r}, got no answer ({cause}); start one with "
             "`ray start --head --port=6379` there and pass HOST:6379, or leave the address out"
         ) from None
-
-
-def local_settings() -> dict[str, str]:
-    """Environment of a cluster on this machine: nothing is reported, and workers are as urgent as this process is; by
-    default Ray makes them so patient (nice 15) that they hardly run beside anything else."""
-    return {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": str(os.nice(0))}
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def record_parallel(
             _bar(collection, progress) as bar,
             hired(task, workers=workers, address=address, retries=retries) as crew,
         ):
-            _fill(collection, crew, bar)
+            fill(collection, crew, bar.update)
     shutil.rmtree(home, ignore_errors=True)  # a process that was stopped just now may still write there
     if collection.missing:
         raise too_few(writer, episodes - collection.missing, episodes, seeds)
@@ -94,10 +94,11 @@ def _bar(collection: Collection, progress: bool) -> tqdm:
     )
 
 
-def _fill(collection: Collection, crew: Workers, bar: tqdm) -> None:
-    """Have seeds played until the dataset has what it shall have, or no seed is left."""
+def fill(collection: Collection, crew: Workers, show: Callable[[int], object] | None = None) -> None:
+    """Have seeds played by workers on :class:`PlayEpisode` until the dataset has what it shall have, or no seed is left;
+    `show` is told how many episodes have come each time."""
     upcoming = iter([seed for seed in collection.seeds_left if seed not in collection.parts])
-    seed, busy, failures = next(upcoming, None), 0, {}
+    seed, busy, failures = next(upcoming, None), 0, []
     while (collection.missing and not failures and seed is not None) or busy:
         while seed is not None and not failures and crew.idle and collection.wants(seed, busy):
             crew.put(seed)
@@ -106,10 +107,11 @@ def _fill(collection: Collection, crew: Workers, bar: tqdm) -> None:
             return  # what is still played is not needed
         outcome, busy = crew.take(), busy - 1
         if outcome.failure is not None:
-            failures[f"seed {outcome.item}"] = outcome
+            failures.append((f"seed {outcome.item}", outcome))
         else:
             collection.parts[outcome.item] = outcome.value
-            bar.update(collection.collect())
+            came = collection.collect()
+            _ = show(came) if show else None
     if failures:
         raise failed(failures, collection.tried + len(failures))
 

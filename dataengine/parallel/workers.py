@@ -91,12 +91,11 @@ def fan_out(
         WorkError: items for which the task raised, or whose process died each time; the others are finished first.
         OSError: the disk is full; items in hand are finished, no further one is begun.
     """
-    names, bar = [name(item) for item in items], None if progress else True
     results: dict[int, Value] = {}
-    failures: dict[str, Outcome] = {}
+    failures: list[tuple[str, Outcome]] = []
     with (
         hired(_Numbered(task), workers=workers, address=address, retries=retries) as crew,
-        tqdm(total=len(items), unit="item", disable=bar, leave=False) as shown,
+        tqdm(total=len(items), unit="item", disable=None if progress else True, leave=False) as bar,
     ):
         waiting, busy, full = deque(enumerate(items)), 0, False
         while busy or (waiting and not full):
@@ -104,13 +103,12 @@ def fan_out(
                 crew.put(waiting.popleft())
                 busy += 1
             outcome = crew.take()
-            busy -= 1
-            index = outcome.item[0]
+            index, busy, full = outcome.item[0], busy - 1, full or outcome.full
             if outcome.failure is None:
                 results[index] = outcome.value
             else:
-                failures[names[index]], full = outcome, full or outcome.full
-            shown.update()
+                failures.append((name(items[index]), outcome))
+            bar.update()
     if failures:
         raise failed(failures, len(items))
     return [results[index] for index in range(len(items))]
@@ -126,20 +124,21 @@ class _Numbered:
         return self.task(item[1])
 
 
-def failed(failures: dict[str, Outcome], count: int) -> Exception:
-    """The error for named items that failed out of `count`."""
-    sentences = [f"{name}: {outcome.failure}" for name, outcome in failures.items()]
+def failed(failures: Sequence[tuple[str, Outcome]], count: int) -> Exception:
+    """The error for items, by name, that failed out of `count`."""
     kept = "what is finished is kept"
-    for sentence, outcome in zip(sentences, failures.values(), strict=True):
+    for name, outcome in failures:
         if outcome.full:
-            error = OSError(f"{sentence}; {kept}; free some space and run again for the rest")
+            error = OSError(f"{name}: {outcome.failure}; {kept}; free some space and run again for the rest")
             error.errno = errno.ENOSPC
             return error
+    sentences = [f"{name}: {outcome.failure}" for name, outcome in failures]
     listed = "; ".join(sentences[:3]) + (f"; and {len(sentences) - 3} more" if len(sentences) > 3 else "")
     error = WorkError(
-        f"{len(failures)} of {count} failed: {listed}; {kept}, run again for the rest", [*failures]
+        f"{len(failures)} of {count} failed: {listed}; {kept}, run again for the rest",
+        [name for name, _ in failures],
     )
-    error.add_note(next(iter(failures.values())).trace)
+    error.add_note(failures[0][1].trace)
     return error
 
 

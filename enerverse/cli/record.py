@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from enerverse.cli.messages import announce, command, count
 from enerverse.cli.simulator import SeededExpert, check_seed, check_task, make_env
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from dataengine.episodes import EpisodeDataset
     from dataengine.record import RecordReport
     from sims.cameras import CameraPlacement
@@ -55,12 +59,21 @@ class Record:
     """Record depth in metres."""
     randomize: bool = False
     """Draw colours, light and cameras anew in every episode."""
+    workers: int = 1
+    """How many processes record at once; what is recorded does not depend on it."""
+    address: str | None = None
+    """Of a Ray cluster whose machines share the dataset folder, such as head:6379; when not given, they run here."""
 
     def run(self) -> None:
         """Record and say where it lies."""
         check_record(self)
         announce(
             f"record: {count(self.episodes, 'demonstration')} of {self.task}, seeds from {self.seed} on",
+            *(
+                [f"{self.workers} processes{f' of the cluster {self.address}' if self.address else ''}"]
+                if self.workers > 1 or self.address
+                else []
+            ),
             f"views: {views_in_words(self)}, {self.image_size} x {self.image_size} pixels",
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
         )
@@ -78,20 +91,21 @@ class Record:
 def record_task(settings: Record) -> RecordReport:
     """Do what `settings` say. Raises ValueError where the dataset was recorded with other settings."""
     from dataengine.episodes import DatasetWriteError, EpisodeWriter
-    from dataengine.record import record, writer_arguments
+    from dataengine.parallel import record_parallel
+    from dataengine.record import writer_arguments
 
     check_record(settings)
-    wanted = {"segmentation": settings.segmentation, "bodies": settings.bodies, "depth": settings.depth}
-    free = free_cameras(settings)
-    env = make_env(
-        settings.task, cameras=(*settings.cameras, *free), free_cameras=free, image_size=settings.image_size,
-        modalities=("rgb", *(name for name, on in wanted.items() if on)), randomize=settings.randomize,
-    )  # fmt: skip
+    make = TaskEnv(bound_settings(settings))
     try:
-        with EpisodeWriter(settings.out, robot_type="panda", **writer_arguments(env)) as writer:
+        with contextlib.closing(make()) as env:
+            arguments = writer_arguments(env)
+        with EpisodeWriter(settings.out, robot_type="panda", **arguments) as writer:
             _write_settings(settings)
-            policy = SeededExpert(env, settings.noise, settings.clean_share)
-            return record(env, policy, writer, settings.episodes, settings.seed)
+            policy = partial(SeededExpert, noise=settings.noise, clean_share=settings.clean_share)
+            return record_parallel(
+                make, policy, writer, settings.episodes, settings.seed,
+                workers=settings.workers, address=settings.address,
+            )  # fmt: skip
     except DatasetWriteError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise DatasetWriteError(
@@ -99,17 +113,31 @@ def record_task(settings: Record) -> RecordReport:
             "command again",
             errno=error.errno,
         ) from error
-    finally:
-        env.close()
 
 
-def free_cameras(settings: Record) -> dict[str, CameraPlacement]:
+@dataclass(frozen=True)
+class TaskEnv:
+    """Makes the environment of settings as `meta/record.json` holds them."""
+
+    values: dict[str, Any]
+
+    def __call__(self) -> gymnasium.Env:
+        """A new environment."""
+        values = self.values
+        pictures = [name for name in ("segmentation", "bodies", "depth") if values[name]]
+        free = free_cameras(values["ring"], values["holdout_ring"])
+        return make_env(
+            values["task"], cameras=(*values["cameras"], *free), free_cameras=free, image_size=values["image_size"],
+            modalities=("rgb", *pictures), randomize=values["randomize"],
+        )  # fmt: skip
+
+
+def free_cameras(around: int, held_out: int) -> dict[str, CameraPlacement]:
     """The cameras on the ring and those held out, by name."""
     from sims.cameras import holdout_ring, ring
 
-    found = ring(settings.ring) if settings.ring else {}
-    beside = settings.ring or settings.holdout_ring
-    return found | (holdout_ring(settings.holdout_ring, beside=beside) if settings.holdout_ring else {})
+    found = ring(around) if around else {}
+    return found | (holdout_ring(held_out, beside=around or held_out) if held_out else {})
 
 
 def views_in_words(settings: Record) -> str:
@@ -124,6 +152,8 @@ def check_record(settings: Record) -> None:
     check_seed(settings.seed)
     if settings.episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {settings.episodes}")
+    if settings.workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {settings.workers}")
     for name in ("ring", "holdout_ring"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name}: expected 0 or more cameras, got {getattr(settings, name)}")
