@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DatasetError(RuntimeError):
@@ -65,6 +68,13 @@ def in_words(reason: object) -> str:
     """What went wrong on one line: of an error of the system or of a codec its words alone, without numbers, paths
     and names of C functions."""
     return " ".join(str(getattr(reason, "strerror", None) or reason).split())
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that the disk, or the user's share of it, is full."""
+    # Writers in other languages report a full disk as text only.
+    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+    return getattr(error, "errno", None) in FULL or any(text in str(error) for text in texts)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

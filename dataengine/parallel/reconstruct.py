@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataengine.errors import closest
 from dataengine.lerobot import layout
 from dataengine.lerobot.reader import EpisodeDataset
 from dataengine.parallel.workers import fan_out
-from dataengine.reconstruct import Reconstruction, reconstruct
-from dataengine.storage import AnyPath, atomic_write, read_json
-from dataengine.views import Views
+
+if TYPE_CHECKING:  # what loads torch is loaded where it is used: other tasks begin without it
+    from dataengine.reconstruct import Reconstruction
+    from dataengine.storage import AnyPath
 
 
 def reconstruct_parallel(
@@ -52,6 +53,8 @@ def reconstruct_parallel(
             a scene of other settings or pictures.
         ImportError, ConnectionError, OSError: as :func:`dataengine.parallel.fan_out` says.
     """
+    from dataengine.reconstruct import Reconstruction
+
     source = EpisodeDataset(Path(dataset))
     chosen = range(len(source)) if episodes is None else episodes
     for index in chosen:
@@ -95,6 +98,9 @@ class FitEpisode:
         return EpisodeDataset(self.dataset)
 
     def __call__(self, index: int) -> Path:
+        from dataengine.reconstruct import reconstruct
+        from dataengine.views import Views
+
         folder = self.folder / f"scene-{index:06d}"
         path = folder / "scene.safetensors"
         self._claim(folder, index)
@@ -106,6 +112,8 @@ class FitEpisode:
 
     def _claim(self, folder: Path, index: int) -> None:
         """Note in a new folder what its scene is of; ValueError where it is of something else."""
+        from dataengine.storage import atomic_write, read_json
+
         path, wanted = folder / "scene.json", self._description(index)
         if not path.exists():
             with atomic_write(path) as temporary:

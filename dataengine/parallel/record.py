@@ -74,7 +74,7 @@ def record_parallel(
                 keep=keep, max_steps=max_steps, max_tries=max_tries, progress=progress,
             )  # fmt: skip
         collection.count(here)
-    else:
+    elif collection.missing:
         with (
             _bar(collection, progress) as bar,
             hired(task, workers=workers, address=address, retries=retries) as crew,

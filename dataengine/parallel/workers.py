@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import cv2
 from tqdm import tqdm
 
-from dataengine.errors import WorkError
+from dataengine.errors import WorkError, is_full
 from dataengine.parallel.cluster import connected
-from dataengine.storage import is_full
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -194,11 +195,9 @@ class _Process:
     """What runs in a process of Ray: a copy of the task, and one thread for it."""
 
     def __init__(self, task: Callable[[Any], Any]) -> None:
-        import cv2
-        import torch
-
-        torch.set_num_threads(1)
         cv2.setNumThreads(1)
+        if "torch" in sys.modules:  # else it will read OMP_NUM_THREADS, which Ray has set
+            sys.modules["torch"].set_num_threads(1)
         self._task = task
 
     def begin(self) -> None:
