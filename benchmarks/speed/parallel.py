@@ -43,7 +43,7 @@ from dataengine.parallel.record import Collection, PlayEpisode, fill
 from dataengine.parallel.workers import Workers, hired
 from dataengine.reconstruct import Reconstruction
 from dataengine.record import record, writer_arguments
-from enerverse.cli.record import Record, TaskEnv, bound_settings
+from enerverse.cli.record import Record, TaskEnv
 from enerverse.cli.simulator import SeededExpert
 
 BAR = 1.6
@@ -97,7 +97,7 @@ class Rounds:
 
 def recordings(settings: Parallel, folder: Path) -> dict[str, Any]:
     """Warm recording: each round adds the next episodes to the dataset of every candidate."""
-    make = TaskEnv(bound_settings(Record(task=settings.task, out=folder, image_size=settings.image_size)))
+    make = TaskEnv.of(Record(task=settings.task, out=folder, image_size=settings.image_size))
     env, rounds = make(), Rounds()
     arguments = writer_arguments(env)
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def _more(settings: Parallel, writer: EpisodeWriter, crew: Workers) -> None:
 
 def cold_recordings(settings: Parallel, folder: Path) -> dict[str, Any]:
     """Recording with everything started anew, and by `record` in this process; pictures per second."""
-    make = TaskEnv(bound_settings(Record(task=settings.task, out=folder, image_size=settings.image_size)))
+    make = TaskEnv.of(Record(task=settings.task, out=folder, image_size=settings.image_size))
     with contextlib.closing(make()) as env:
         arguments, rates = writer_arguments(env), {}
         for name in ("alone", "two_cold"):
@@ -149,7 +149,7 @@ def fits(settings: Parallel, folder: Path) -> dict[str, Any]:
     wanted = Record(
         task=settings.task, out=source, image_size=settings.image_size, cameras=(), ring=4, depth=True, bodies=True
     )  # fmt: skip
-    env = TaskEnv(bound_settings(wanted))()
+    env = TaskEnv.of(wanted)()
     with contextlib.closing(env), EpisodeWriter(source, **writer_arguments(env)) as writer:
         record(env, POLICY(env), writer, settings.scenes, max_steps=12, keep="all", progress=False)
     plan = Reconstruction(fit=Fit(steps=settings.steps, quiet=True))

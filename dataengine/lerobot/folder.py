@@ -216,7 +216,7 @@ class DatasetFolder:
         if self.episodes and path.exists():
             totals = {k: v for k, v in info.items() if k.startswith("total_") or k == "splits"}
             info = {**files.read_json(path), **totals}
-        if self.spec.cameras:
+        if self.spec.cameras and not (self.episodes and (self.root / layout.CAMERAS_PATH).exists()):
             convention = {**layout.CAMERA_CONVENTION, "views": list(self.spec.views)}
             files.write_json(self.root / layout.CAMERAS_PATH, convention)
         files.write_json(path, info)

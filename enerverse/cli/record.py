@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,11 +69,7 @@ class Record:
         check_record(self)
         announce(
             f"record: {count(self.episodes, 'demonstration')} of {self.task}, seeds from {self.seed} on",
-            *(
-                [f"{self.workers} processes{f' of the cluster {self.address}' if self.address else ''}"]
-                if self.workers > 1 or self.address
-                else []
-            ),
+            *([f"by {workers_in_words(self)}"] if self.workers > 1 or self.address else []),
             f"views: {views_in_words(self)}, {self.image_size} x {self.image_size} pixels",
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
         )
@@ -95,7 +91,7 @@ def record_task(settings: Record) -> RecordReport:
     from dataengine.record import writer_arguments
 
     check_record(settings)
-    make = TaskEnv(bound_settings(settings))
+    make = TaskEnv.of(settings)
     try:
         with contextlib.closing(make()) as env:
             arguments = writer_arguments(env)
@@ -117,33 +113,45 @@ def record_task(settings: Record) -> RecordReport:
 
 @dataclass(frozen=True)
 class TaskEnv:
-    """Makes the environment of settings as `meta/record.json` holds them."""
+    """Makes the environment that settings ask for; equal for settings that may fill one dataset."""
 
-    values: dict[str, Any]
+    settings: Record
+
+    @classmethod
+    def of(cls, settings: Record) -> TaskEnv:
+        """For these settings without those that do not bind a dataset."""
+        return cls(replace(settings, out=Path(), episodes=1, seed=0, workers=1, address=None))
 
     def __call__(self) -> gymnasium.Env:
         """A new environment."""
-        values = self.values
-        pictures = [name for name in ("segmentation", "bodies", "depth") if values[name]]
-        free = free_cameras(values["ring"], values["holdout_ring"])
+        settings, free = self.settings, free_cameras(self.settings)
+        wanted = {"segmentation": settings.segmentation, "bodies": settings.bodies, "depth": settings.depth}
         return make_env(
-            values["task"], cameras=(*values["cameras"], *free), free_cameras=free, image_size=values["image_size"],
-            modalities=("rgb", *pictures), randomize=values["randomize"],
+            settings.task, cameras=(*settings.cameras, *free), free_cameras=free, image_size=settings.image_size,
+            modalities=("rgb", *(name for name, on in wanted.items() if on)), randomize=settings.randomize,
         )  # fmt: skip
 
 
-def free_cameras(around: int, held_out: int) -> dict[str, CameraPlacement]:
+def free_cameras(settings: Record) -> dict[str, CameraPlacement]:
     """The cameras on the ring and those held out, by name."""
     from sims.cameras import holdout_ring, ring
 
-    found = ring(around) if around else {}
-    return found | (holdout_ring(held_out, beside=around or held_out) if held_out else {})
+    found = ring(settings.ring) if settings.ring else {}
+    beside = settings.ring or settings.holdout_ring
+    return found | (holdout_ring(settings.holdout_ring, beside=beside) if settings.holdout_ring else {})
 
 
 def views_in_words(settings: Record) -> str:
     """Names of the built-in views and numbers of the others."""
     rings = {"on a ring": settings.ring, "held out": settings.holdout_ring}
     return ", ".join([*settings.cameras, *(f"{number} {where}" for where, number in rings.items() if number)])
+
+
+def workers_in_words(settings: Record) -> str:
+    """How many processes there are, and where."""
+    return f"{settings.workers} process{'es' * (settings.workers > 1)}" + (
+        f" of the cluster at {settings.address}" if settings.address else ""
+    )
 
 
 def check_record(settings: Record) -> None:
