@@ -1,4 +1,4 @@
-"""Work that goes on beside the caller's own."""
+"""Work that goes on beside the caller's own, or, with the same words, before the caller goes on."""
 
 from __future__ import annotations
 
@@ -53,3 +53,16 @@ class Worker:
             raise interrupt
         if self._failure is not None:
             raise self._failure
+
+
+class Direct:
+    """Makes every call at once, in the thread of the caller, who also gets its failure."""
+
+    def put(self, call: Callable[[], object]) -> None:
+        """Make a call."""
+        call()
+
+    def close(self, last: Callable[[], object] | None = None) -> None:
+        """Nothing is left to be waited for; ``last`` is called."""
+        if last is not None:
+            last()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DatasetError(RuntimeError):
@@ -34,6 +37,22 @@ class DatasetWriteError(OSError):
         self.errno = errno
 
 
+class MissingPackage(ImportError):
+    """A package that only some things need is not installed; the sentence says how to install it."""
+
+
+class WorkError(RuntimeError):
+    """Some of many items could not be worked on; what was finished of the others is kept.
+
+    Attributes:
+        names: the items that failed, by name.
+    """
+
+    def __init__(self, message: str, names: list[str]):
+        super().__init__(message)
+        self.names = names
+
+
 def damaged(path: Path, episode: int, frame: int, reason: object) -> DatasetError:
     """The error for a file of one episode that cannot be read from some frame on."""
     return DatasetError(
@@ -49,6 +68,13 @@ def in_words(reason: object) -> str:
     """What went wrong on one line: of an error of the system or of a codec its words alone, without numbers, paths
     and names of C functions."""
     return " ".join(str(getattr(reason, "strerror", None) or reason).split())
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that the disk, or the user's share of it, is full."""
+    # Writers in other languages report a full disk as text only.
+    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+    return getattr(error, "errno", None) in FULL or any(text in str(error) for text in texts)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -78,11 +78,7 @@ def record(
         ValueError: an observation, action or info that does not fit; nothing of that episode is kept.
         DatasetError: ``max_tries`` seeds gave fewer than ``episodes`` episodes; what was kept stays.
     """
-    if keep not in ("success", "all"):
-        raise ValueError(f"keep: expected 'success' or 'all', got {keep!r}")
-    if episodes < 1:
-        raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    tries = TRIES_PER_EPISODE * episodes if max_tries is None else max_tries
+    tries = check_request(episodes, keep, max_tries)
     done = [s for s in writer.seeds if seed <= s < seed + tries]
     kept = tried = frames = 0
     begin, next_seed = time.perf_counter(), max(done, default=seed - 1) + 1
@@ -98,23 +94,38 @@ def record(
         Recorder(env, policy, writer) as recorder,
     ):
         while len(done) + kept < episodes and next_seed < seed + tries:
-            length = _play(env, policy, recorder, next_seed, keep, max_steps)
+            length = play_episode(env, policy, recorder, next_seed, keep, max_steps)
             tried, kept, frames = tried + 1, kept + (length > 0), frames + length
             next_seed += 1
             bar.update(int(length > 0))
             bar.set_postfix(tried=tried)
     if len(done) + kept < episodes:
-        raise DatasetError(
-            f"record: expected {episodes} episodes from seeds {seed} to {seed + tries - 1}, got "
-            f"{len(done) + kept}; they are kept in the dataset; use a better policy, keep='all' or more "
-            "max_tries",
-            path=writer.root,
-        )
+        raise too_few(writer, len(done) + kept, episodes, range(seed, seed + tries))
     return RecordReport(kept, tried, frames, time.perf_counter() - begin, len(done))
 
 
-def _play(env: Any, policy: Any, recorder: Recorder, seed: int, keep: str, max_steps: int | None) -> int:
-    """Play one episode; the number of frames written, 0 if it was dropped."""
+def check_request(episodes: int, keep: str, max_tries: int | None) -> int:
+    """How many seeds may be tried; raises ``ValueError`` for what cannot be asked."""
+    if keep not in ("success", "all"):
+        raise ValueError(f"keep: expected 'success' or 'all', got {keep!r}")
+    if episodes < 1:
+        raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    return TRIES_PER_EPISODE * episodes if max_tries is None else max_tries
+
+
+def too_few(writer: EpisodeWriter, held: int, episodes: int, seeds: range) -> DatasetError:
+    """The error for `seeds` that gave fewer than so many episodes."""
+    return DatasetError(
+        f"record: expected {episodes} episodes from seeds {seeds.start} to {seeds.stop - 1}, got {held}; they are kept in "
+        "the dataset; use a better policy, keep='all' or more max_tries",
+        path=writer.root,
+    )
+
+
+def play_episode(
+    env: Any, policy: Any, recorder: Recorder, seed: int, keep: str, max_steps: int | None
+) -> int:
+    """Play the episode of `seed` into `recorder`; the number of frames written, 0 if it was dropped."""
     info, length = _run_episode(env, policy, recorder, seed, max_steps)
     success = info.get("is_success")
     if success is None and keep == "success":

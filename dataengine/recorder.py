@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataengine.background import Worker
+from dataengine.background import Direct, Worker
 from dataengine.lerobot.layout import DatasetSpec
 from dataengine.lerobot.writer import EpisodeWriter
 
@@ -25,17 +25,21 @@ class Recorder:
     (``draws_apart``, as the tasks of ``sims`` can), pictures are drawn in a second thread, from shots that the
     environment takes, while physics goes on. What is written is the same in every case. A failure of a thread is
     raised by the next call or on leaving; then, and after any other error, the unfinished episode is dropped.
+
+    Args:
+        threads: False has everything done in the caller's thread, which costs least where other processes record too.
     """
 
-    def __init__(self, env: Any, policy: Any, writer: EpisodeWriter) -> None:
-        self.env, self.spec, self._writer = env, writer.spec, writer
+    def __init__(self, env: Any, policy: Any, writer: EpisodeWriter, *, threads: bool = True) -> None:
+        self.env, self.spec, self._writer, self._threads = env, writer.spec, writer, threads
         self._base = getattr(env, "unwrapped", env)
         blind = getattr(policy, "needs_pictures", True) is False
-        self._apart = blind and getattr(self._base, "draws_apart", False)
+        self._apart = threads and blind and getattr(self._base, "draws_apart", False)
         self._drawer: Any = None
 
     def __enter__(self) -> Recorder:
-        self._writing = self._drawing = Worker(WRITING_AHEAD)
+        self._writing: Worker | Direct = Worker(WRITING_AHEAD) if self._threads else Direct()
+        self._drawing = self._writing
         if self._apart:
             self._base.draws = False
             self._drawing = Worker(DRAWING_AHEAD)

@@ -20,10 +20,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dataengine.errors import is_full
+
+__all__ = [
+    "AnyPath",
+    "atomic_write",
+    "disk_full",
+    "is_full",
+    "load_tensors",
+    "read_json",
+    "save_tensors",
+]
+
 AnyPath = str | PathLike[str]
 UMASK = os.umask(0)
 os.umask(UMASK)  # there is no way to ask without setting it
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -102,13 +113,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether `error` says that the disk, or the user's share of it, is full."""
-    # Writers in other languages report a full disk as text only.
-    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
-    return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in texts)
 
 
 def disk_full(path: Path, outcome: str) -> OSError:

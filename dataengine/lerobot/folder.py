@@ -14,6 +14,7 @@ from dataengine.lerobot.frames import EpisodeRows
 from dataengine.lerobot.layout import DatasetSpec
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.stats import aggregate, read_stored_stats
+from dataengine.lerobot.stored import StoredEpisode
 from dataengine.lerobot.video import DepthCodec
 
 
@@ -48,7 +49,12 @@ class DatasetFolder:
 
     def _load(self) -> None:
         info_path = self.root / layout.INFO_PATH
-        if not info_path.exists() and {p.name for p in self.root.iterdir()} - {"data", "videos", "meta"}:
+        if not info_path.exists() and {p.name for p in self.root.iterdir()} - {
+            "data",
+            "videos",
+            "meta",
+            layout.PARTS,
+        }:
             raise DatasetError(
                 f"{self.root}: expected an empty folder or a LeRobot v3 dataset, got other files; choose "
                 "another root",
@@ -111,20 +117,22 @@ class DatasetFolder:
     def clear_workspace(self) -> None:
         shutil.rmtree(self.workspace, ignore_errors=True)
 
-    def next_meta(self, rows: EpisodeRows, success: bool | None, seed: int | None) -> EpisodeMeta:
-        """Where the unfinished episode will lie."""
+    def next_meta(
+        self, length: int, tasks: tuple[str, ...], success: bool | None, seed: int | None
+    ) -> EpisodeMeta:
+        """Where the next episode, of `length` frames, will lie."""
         last = self.episodes[-1] if self.episodes else None
         start = last.to_index if last else 0
         chunk, file = self.next_file()
         return EpisodeMeta(
             index=last.index + 1 if last else 0,
-            length=len(rows),
-            tasks=rows.tasks,
+            length=length,
+            tasks=tasks,
             chunk_index=chunk,
             file_index=file,
             from_index=start,
-            to_index=start + len(rows),
-            videos={key: (chunk, file, 0.0, len(rows) / self.spec.fps) for key in self.spec.video_keys},
+            to_index=start + length,
+            videos=dict.fromkeys(self.spec.video_keys, (chunk, file, 0.0, length / self.spec.fps)),
             success=None if success is None else bool(success),
             seed=None if seed is None else int(seed),
         )
@@ -139,14 +147,51 @@ class DatasetFolder:
         return (chunk, file + 1) if file + 1 < layout.CHUNK_SIZE else (chunk + 1, 0)
 
     def publish(self, rows: EpisodeRows, meta: EpisodeMeta, videos: dict[str, Path]) -> None:
-        """Make an episode visible: videos and data first, its row in ``meta/episodes`` last."""
+        """Make an episode visible that was written in the workspace."""
         meta = replace(meta, checksums={key: files.checksum(path) for key, path in videos.items()})
-        tasks = self.tasks + [t for t in rows.tasks if t not in self.tasks]
+        tasks = self._with_tasks(meta)
         table = rows.data_table(meta, tasks)
+        self._install(meta, tasks, table, rows.meta_table(meta, table), videos)
+
+    def adopt(self, stored: StoredEpisode) -> EpisodeMeta:
+        """Make an episode of another folder visible here, which stays there too; its new row in ``meta/episodes``."""
+        self._check_same(stored)
+        old = stored.meta
+        meta = self.next_meta(old.length, old.tasks, old.success, old.seed)
+        videos = stored.link_videos(self.workspace)
+        meta = replace(meta, checksums={key: files.checksum(path) for key, path in videos.items()})
+        stored.check(meta.checksums)
+        tasks = self._with_tasks(meta)
+        data = stored.data_table(meta, tasks, self.spec)
+        self._install(meta, tasks, data, stored.meta_table(meta, data), videos)
+        return meta
+
+    def _check_same(self, stored: StoredEpisode) -> None:
+        """Raise ``ValueError`` unless an episode has the features, rate and depth codes of this dataset."""
+        features, here = stored.info["features"], self.spec.features()
+        layout.check_same_features(here, features, self.root)
+        if float(stored.info["fps"]) != float(self.spec.fps):
+            raise ValueError(
+                f"fps: expected {self.spec.fps} as in {self.root}, got {stored.info['fps']} in {stored.root}"
+            )
+        for key in self.spec.video_keys if self.spec.depth else ():
+            codecs = [DepthCodec.from_info(f[key]) for f in (here, features) if key.startswith(layout.DEPTH)]
+            if codecs and codecs[0] != codecs[1]:
+                raise ValueError(
+                    f"{key}: expected the depth codes of {self.root}, got others in {stored.root}"
+                )
+
+    def _with_tasks(self, meta: EpisodeMeta) -> list[str]:
+        return self.tasks + [t for t in meta.tasks if t not in self.tasks]
+
+    def _install(
+        self, meta: EpisodeMeta, tasks: list[str], data: pa.Table, row: pa.Table, videos: dict[str, Path]
+    ) -> None:
+        """Move an episode to its place: videos and data first, its row in ``meta/episodes`` last."""
         moves = [(path, meta.video_path(self.root, key)) for key, path in videos.items()]
         for name, content, target in (
-            ("data.parquet", table, layout.DATA_PATH),
-            ("episode.parquet", rows.meta_table(meta, table), layout.EPISODES_PATH),
+            ("data.parquet", data, layout.DATA_PATH),
+            ("episode.parquet", row, layout.EPISODES_PATH),
         ):
             moves.append((self._temporary(name, content), self.root / target.format(**meta.file)))
         if tasks != self.tasks:
@@ -171,7 +216,7 @@ class DatasetFolder:
         if self.episodes and path.exists():
             totals = {k: v for k, v in info.items() if k.startswith("total_") or k == "splits"}
             info = {**files.read_json(path), **totals}
-        if self.spec.cameras:
+        if self.spec.cameras and not (self.episodes and (self.root / layout.CAMERAS_PATH).exists()):
             convention = {**layout.CAMERA_CONVENTION, "views": list(self.spec.views)}
             files.write_json(self.root / layout.CAMERAS_PATH, convention)
         files.write_json(path, info)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dataengine.bodies import POSE
 from dataengine.cameras import Cameras, check_intrinsics, check_rigid
 from dataengine.errors import closest
-from dataengine.lerobot import layout
+from dataengine.lerobot import layout, metadata
 from dataengine.lerobot.layout import DatasetSpec, shape_of
 from dataengine.lerobot.metadata import EpisodeMeta
 from dataengine.lerobot.pictures import NO_ID, encode_ids
@@ -317,23 +317,9 @@ class EpisodeRows:
 
     def meta_table(self, meta: EpisodeMeta, data: pa.Table) -> pa.Table:
         """The one row of ``meta/episodes``: where the episode lies, and its statistics."""
-        row = meta.to_row()
         stats = {k: s.result() for k, s in self.pictures.items()}
         # poses, ids and provenance are nothing to normalise; leaving them out keeps the file small
         skipped = (*layout.ID_PICTURES, layout.CAMERA, layout.BODY_POSES, layout.PROVENANCE)
         stats.update({k: vector_stats(data[k]) for k in data.column_names if not k.startswith(skipped)})
-        for key, values in stats.items():
-            row.update({f"stats/{key}/{name}": value for name, value in values.items()})
-        return pa.table({name: pa.array([value], _meta_type(name, value)) for name, value in row.items()})
-
-
-def _meta_type(name: str, value: Any) -> pa.DataType | None:
-    """The type that Arrow would find itself, told because its search looks on disk for pandas again and again where
-    that is not installed.
-    """
-    if value is None:  # a column must keep its type when the value is unknown
-        return pa.bool_() if name == "success" else pa.int64()
-    if isinstance(value, list):
-        inner = _meta_type(name, value[0]) if value else None
-        return None if inner is None else pa.list_(inner)
-    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}.get(type(value))
+        columns = {f"stats/{key}/{name}": v for key, values in stats.items() for name, v in values.items()}
+        return metadata.row_table(meta.to_row() | columns)

@@ -35,6 +35,8 @@ INFO_PATH, STATS_PATH, TASKS_PATH, CAMERAS_PATH = (
     "meta/cameras.json",
 )
 
+PARTS = ".parts"  # episodes of several recorders that wait to be collected; no reader looks there
+
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 DEPTH, SEGMENTATION, CAMERA, PROVENANCE = (
     "observation.depth.",

@@ -179,6 +179,23 @@ class EpisodeMeta:
         )
 
 
+def row_table(row: dict[str, Any]) -> pa.Table:
+    """One row of ``meta/episodes`` as a table."""
+    return pa.table({name: pa.array([value], _meta_type(name, value)) for name, value in row.items()})
+
+
+def _meta_type(name: str, value: Any) -> pa.DataType | None:
+    """The type that Arrow would find itself, told because its search looks on disk for pandas again and again where
+    that is not installed.
+    """
+    if value is None:  # a column must keep its type when the value is unknown
+        return pa.bool_() if name == "success" else pa.int64()
+    if isinstance(value, list):
+        inner = _meta_type(name, value[0]) if value else None
+        return None if inner is None else pa.list_(inner)
+    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}.get(type(value))
+
+
 def _places(chunk: int, file: int, episode: int) -> dict[str, int]:
     return {"chunk_index": chunk, "file_index": file, "episode_chunk": chunk, "episode_index": episode}
 

@@ -21,6 +21,8 @@ from dataengine.lerobot import layout
 from dataengine.lerobot.folder import DatasetFolder
 from dataengine.lerobot.frames import EpisodeRows, check_frame
 from dataengine.lerobot.layout import DatasetSpec
+from dataengine.lerobot.metadata import EpisodeMeta
+from dataengine.lerobot.stored import StoredEpisode
 from dataengine.lerobot.video import DepthCodec, VideoCodec, VideoEncoder
 
 T = TypeVar("T")
@@ -114,6 +116,19 @@ class EpisodeWriter:
         return self._folder.spec
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of another writer that writes the same frames in the same way."""
+        spec = self.spec
+        names = (
+            "fps", "views", "image_size", "state_dim", "action_dim", "depth", "segmentation", "bodies", "body_ids",
+            "extra", "robot_type", "video",
+        )  # fmt: skip
+        return {name: getattr(spec, name) for name in names} | {
+            "cameras": spec.cameras if self._folder.cameras_decided else None,
+            "depth_range": (spec.depth_codec.near, spec.depth_codec.far),
+        }
+
+    @property
     def finished(self) -> int:
         """Number of finished episodes in the dataset, including those of earlier writers."""
         return len(self._folder.episodes)
@@ -122,6 +137,11 @@ class EpisodeWriter:
     def frames(self) -> int:
         """Frames of the unfinished episode."""
         return len(self._rows) if self._rows else 0
+
+    @property
+    def episodes(self) -> tuple[EpisodeMeta, ...]:
+        """The finished episodes, in order."""
+        return tuple(self._folder.episodes)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -256,8 +276,29 @@ class EpisodeWriter:
     def _publish(self, rows: EpisodeRows, success: bool | None, seed: int | None) -> int:
         for encoder in self._encoders.values():
             encoder.close()
-        meta = self._folder.next_meta(rows, success, seed)
+        meta = self._folder.next_meta(len(rows), rows.tasks, success, seed)
         self._folder.publish(rows, meta, {key: e.path for key, e in self._encoders.items()})
+        self._forget_episode()
+        self._folder.write_info()
+        return meta.index
+
+    def adopt_episode(self, stored: StoredEpisode) -> int:
+        """Append an episode of another dataset with the same features, as it is, without coding its pictures again;
+        returns its new index. Its seed and success come along, it stays where it was.
+
+        Raises:
+            ValueError: an episode is unfinished here; other features or another rate there.
+            DatasetError: something of it is missing or damaged there.
+            DatasetWriteError: the file system refuses; finished episodes are kept.
+        """
+        self._check_open()
+        if self._rows is not None:
+            raise ValueError(
+                "adopt_episode: expected no unfinished episode, got one; save or discard it first"
+            )
+        if not self._folder.cameras_decided:
+            self._folder.decide_cameras(any(k.startswith(layout.CAMERA) for k in stored.info["features"]))
+        meta = self._guarded(self._folder.workspace, lambda: self._folder.adopt(stored))
         self._forget_episode()
         self._folder.write_info()
         return meta.index

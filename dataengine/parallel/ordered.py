@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from dataengine.parallel.workers import Numbered, failed, hired
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 AHEAD = 1  # results per process that may wait for an earlier one
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """A task for numbered items."""
-
-    task: Callable[[Any], Any]
-
-    def __call__(self, item: tuple[int, Any]) -> Any:
-        return self.task(item[1])
 
 
 def map_in_order(
@@ -34,9 +25,7 @@ def map_in_order(
     Raises:
         WorkError, OSError: an item failed; the results before it have been given. Others as :func:`fan_out`.
     """
-    from dataengine.parallel.workers import failed, hired
-
-    with hired(_Numbered(task), workers=workers, address=address) as crew:
+    with hired(Numbered(task), workers=workers, address=address) as crew:
         waiting, done = iter(enumerate(items)), {}
         busy = 0
         for turn in itertools.count():
@@ -53,5 +42,5 @@ def map_in_order(
                 done[outcome.item[0]] = outcome
             outcome = done.pop(turn)
             if outcome.failure is not None:
-                raise failed({f"item {turn}": outcome}, turn + 1)
+                raise failed([(f"item {turn}", outcome)], turn + 1)
             yield outcome.value

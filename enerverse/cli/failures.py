@@ -12,6 +12,8 @@ from pathlib import Path
 FAILED, INTERRUPTED = 2, 130
 _NAMED = (  # looked up only in modules that are loaded: what is not loaded cannot have raised
     ("dataengine.errors", "DatasetError", FAILED),
+    ("dataengine.errors", "WorkError", FAILED),
+    ("dataengine.errors", "MissingPackage", FAILED),
     ("enerverse.train.loop", "NotFinite", FAILED),
     ("enerverse.train.loop", "TrainingStopped", INTERRUPTED),
     ("sims.errors", "RenderingError", FAILED),

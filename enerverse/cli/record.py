@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from enerverse.cli.messages import announce, command, count
 from enerverse.cli.simulator import SeededExpert, check_seed, check_task, make_env
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from dataengine.episodes import EpisodeDataset
     from dataengine.record import RecordReport
     from sims.cameras import CameraPlacement
@@ -55,12 +59,17 @@ class Record:
     """Record depth in metres."""
     randomize: bool = False
     """Draw colours, light and cameras anew in every episode."""
+    workers: int = 1
+    """How many processes record at once; what is recorded does not depend on it."""
+    address: str | None = None
+    """Of a Ray cluster whose machines share the dataset folder, such as head:6379; when not given, they run here."""
 
     def run(self) -> None:
         """Record and say where it lies."""
         check_record(self)
         announce(
             f"record: {count(self.episodes, 'demonstration')} of {self.task}, seeds from {self.seed} on",
+            *([f"by {workers_in_words(self)}"] if self.workers > 1 or self.address else []),
             f"views: {views_in_words(self)}, {self.image_size} x {self.image_size} pixels",
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
         )
@@ -78,25 +87,44 @@ class Record:
 def record_task(settings: Record) -> RecordReport:
     """Do what `settings` say. Raises ValueError where the dataset was recorded with other settings."""
     from dataengine.episodes import EpisodeWriter
-    from dataengine.record import record, writer_arguments
+    from dataengine.parallel import record_parallel
+    from dataengine.record import writer_arguments
 
     check_record(settings)
-    wanted = {"segmentation": settings.segmentation, "bodies": settings.bodies, "depth": settings.depth}
-    free = free_cameras(settings)
-    env = make_env(
-        settings.task, cameras=(*settings.cameras, *free), free_cameras=free, image_size=settings.image_size,
-        modalities=("rgb", *(name for name, on in wanted.items() if on)), randomize=settings.randomize,
-    )  # fmt: skip
-    try:
-        with (
-            same_command(settings.out),
-            EpisodeWriter(settings.out, robot_type="panda", **writer_arguments(env)) as writer,
-        ):
-            _write_settings(settings)
-            policy = SeededExpert(env, settings.noise, settings.clean_share)
-            return record(env, policy, writer, settings.episodes, settings.seed)
-    finally:
-        env.close()
+    make = TaskEnv.of(settings)
+    with contextlib.closing(make()) as env:
+        arguments = writer_arguments(env)
+    with (
+        same_command(settings.out),
+        EpisodeWriter(settings.out, robot_type="panda", **arguments) as writer,
+    ):
+        _write_settings(settings)
+        policy = partial(SeededExpert, noise=settings.noise, clean_share=settings.clean_share)
+        return record_parallel(
+            make, policy, writer, settings.episodes, settings.seed,
+            workers=settings.workers, address=settings.address,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskEnv:
+    """Makes the environment that settings ask for; equal for settings that may fill one dataset."""
+
+    settings: Record
+
+    @classmethod
+    def of(cls, settings: Record) -> TaskEnv:
+        """For these settings without those that do not bind a dataset."""
+        return cls(replace(settings, out=Path(), episodes=1, seed=0, workers=1, address=None))
+
+    def __call__(self) -> gymnasium.Env:
+        """A new environment."""
+        settings, free = self.settings, free_cameras(self.settings)
+        wanted = {"segmentation": settings.segmentation, "bodies": settings.bodies, "depth": settings.depth}
+        return make_env(
+            settings.task, cameras=(*settings.cameras, *free), free_cameras=free, image_size=settings.image_size,
+            modalities=("rgb", *(name for name, on in wanted.items() if on)), randomize=settings.randomize,
+        )  # fmt: skip
 
 
 def free_cameras(settings: Record) -> dict[str, CameraPlacement]:
@@ -114,12 +142,21 @@ def views_in_words(settings: Record) -> str:
     return ", ".join([*settings.cameras, *(f"{number} {where}" for where, number in rings.items() if number)])
 
 
+def workers_in_words(settings: Record) -> str:
+    """How many processes there are, and where."""
+    return f"{settings.workers} process{'es' * (settings.workers > 1)}" + (
+        f" of the cluster at {settings.address}" if settings.address else ""
+    )
+
+
 def check_record(settings: Record) -> None:
     """ValueError for settings that cannot be, or that are not those of the dataset in `out`."""
     check_task(settings.task)
     check_seed(settings.seed)
     if settings.episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {settings.episodes}")
+    if settings.workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {settings.workers}")
     for name in ("ring", "holdout_ring"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name}: expected 0 or more cameras, got {getattr(settings, name)}")

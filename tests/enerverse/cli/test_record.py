@@ -48,6 +48,7 @@ def write_push(root):
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
         ({"noise": -1.0}, "noise: expected 0 or more, got -1.0"),
         ({"episodes": 0}, "episodes: expected at least 1, got 0"),
+        ({"workers": 0}, "workers: expected at least 1, got 0"),
         ({"ring": -1}, "ring: expected 0 or more cameras, got -1"),
         ({"holdout_ring": -2}, "holdout_ring: expected 0 or more cameras, got -2"),
         ({"ring": 4}, "ring: expected 0 as in the dataset in"),
