@@ -56,7 +56,9 @@ class Multiview:
     repair: bool = False
     """Read poses and depth as their geometry says, where what is written cannot be."""
     workers: int = 1
-    """Processes to spread the scenes over."""
+    """Processes to spread the scenes over (extra `ray`)."""
+    address: str | None = None
+    """Ray cluster to work on, such as auto or HOST:6379; when not given, this machine."""
     seed: int = 0
     """Seed of the fits."""
 
@@ -73,7 +75,12 @@ class Multiview:
         self._announce(dataset, generator, (reading.names, new), mended, len(episodes))
         with same_command(self.out):
             report = multiview(
-                dataset, self.out, settings, generator, episodes=episodes, run=spread(self.workers)
+                dataset,
+                self.out,
+                settings,
+                generator,
+                episodes=episodes,
+                run=spread(self.workers, self.address),
             )
         print("\n".join(describe(report, self.out, 0 if generator is None else self.rounds)))
         print(f"next: {command('enerverse train autoencoder', data=self.out, out='runs/mine')}")
@@ -99,12 +106,11 @@ class Multiview:
         from dataengine.multiview import Multiview as Settings
         from dataengine.reconstruct import Reconstruction
 
+        quiet = self.workers > 1 or self.address is not None
         plain = (self.generator or default_generator()) == "none"  # else the generator fills what is missing
-        start = Reconstruction(
-            complete=plain, fit=Fit(steps=self.steps, seed=self.seed, quiet=self.workers > 1)
-        )
+        start = Reconstruction(complete=plain, fit=Fit(steps=self.steps, seed=self.seed, quiet=quiet))
         wheel = Flywheel(rounds=self.rounds, start=start)
-        wheel = replace(wheel, refit=replace(wheel.refit, seed=self.seed, quiet=self.workers > 1))
+        wheel = replace(wheel, refit=replace(wheel.refit, seed=self.seed, quiet=quiet))
         return Settings(
             views=self.views, observed=self.observed, cameras=self._new_cameras(), flywheel=wheel,
             window=self.window, size=self.image_size, mend=self.repair,
@@ -149,13 +155,13 @@ class Multiview:
         )
 
 
-def spread(workers: int) -> Any:
+def spread(workers: int, address: str | None = None) -> Any:
     """What applies a function to pieces of work, here or in several processes."""
-    if workers == 1:
+    if workers == 1 and address is None:
         return map
     from dataengine.parallel.ordered import map_in_order
 
-    return partial(map_in_order, workers=workers)
+    return partial(map_in_order, workers=workers, address=address)
 
 
 def load_repairer(checkpoint: Path | None) -> Generator:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -13,7 +14,7 @@ from enerverse.cli.simulator import check_seed
 
 if TYPE_CHECKING:
     from dataengine.reconstruct import Reconstruction
-    from dataengine.scenes import Parts
+    from dataengine.scenes import Part, Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,17 @@ class Reconstruct:
     """Cut cameras of a capture that have different frames to those they share."""
     repair: bool = False
     """Read poses and depth as their geometry says, where what is written cannot be."""
+    workers: int = 1
+    """Processes to spread the scenes over (extra `ray`)."""
+    address: str | None = None
+    """Ray cluster to work on, such as auto or HOST:6379; when not given, this machine."""
     seed: int = 0
     """Seed of the fit."""
 
     def run(self) -> None:
         """Fit, write, print how well the scene shows what was seen."""
-        from dataengine.scenes import check_formats, make_scene, read_parts
+        from dataengine.scenes import check_formats, read_parts
+        from enerverse.cli.multiview import spread
 
         check_seed(self.seed)
         settings = self.settings()
@@ -59,22 +65,12 @@ class Reconstruct:
         )  # fmt: skip
         check_formats(self.formats, found.kind)
         self._announce(found)
-        for part in found.parts:
-            made = make_scene(
-                part,
-                self.out,
-                settings,
-                self.formats,
-                source=self.data.resolve().name,
-                new_views=self.new_views,
-            )
-            told = made.figures
-            print(
-                f"{part.name or part.title}: {count(len(made.scene), 'Gaussian')}, {count(made.scene.frames, 'frame')}; "
-                f"the views come back with {told['psnr']:.1f} dB"
-            )
-            for name, path in made.files.items():
-                print(f"{name}: {path}")
+        work = partial(
+            describe_scene, folder=self.out, settings=settings, formats=self.formats,
+            source=self.data.resolve().name, new_views=self.new_views,
+        )  # fmt: skip
+        for lines in spread(self.workers, self.address)(work, found.parts):
+            print("\n".join(lines), flush=True)
         print(f"next: {self._next(found)}")
 
     def settings(self) -> Reconstruction:
@@ -89,11 +85,11 @@ class Reconstruct:
             raise ValueError(
                 f"motion: expected one of {', '.join(known)}, got {self.motion!r}; {closest(self.motion, known)}"
             )
-        if self.steps < 1 or self.new_views < 0:
-            raise ValueError(
-                f"steps, new_views: expected at least 1 and 0, got {self.steps} and {self.new_views}"
-            )
-        return Reconstruction(motion=self.motion, fit=Fit(steps=self.steps, seed=self.seed))
+        for name, least in (("steps", 1), ("new_views", 0), ("workers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        quiet = self.workers > 1 or self.address is not None
+        return Reconstruction(motion=self.motion, fit=Fit(steps=self.steps, seed=self.seed, quiet=quiet))
 
     def _announce(self, found: Parts) -> None:
         what = {"dataset": "dataset", "transforms": "nerfstudio capture", "colmap": "COLMAP model"}[
@@ -112,3 +108,15 @@ class Reconstruct:
             return page or command("enerverse reconstruct", data=self.data, out=self.out, formats="page")
         more = command("enerverse multiview", data=self.data, out=f"{self.data}_views", views=8)
         return f"{page}; {more}" if page else more
+
+
+def describe_scene(part: Part, **options: Any) -> list[str]:
+    """Make the scene of a part; what to say of it, the files among it."""
+    from dataengine.scenes import make_scene
+
+    made = make_scene(part, options.pop("folder"), options.pop("settings"), options.pop("formats"), **options)
+    return [
+        f"{part.name or part.title}: {count(len(made.scene), 'Gaussian')}, {count(made.scene.frames, 'frame')}; the views "
+        f"come back with {made.figures['psnr']:.1f} dB",
+        *(f"{name}: {path}" for name, path in made.files.items()),
+    ]

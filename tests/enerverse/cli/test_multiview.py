@@ -136,7 +136,8 @@ def test_a_page_of_the_scene(pair, call, tmp_path):
         (["reconstruct", "--formats", "plyy"], "formats: expected some of page, ply"),
         (["reconstruct", "--motion", "ridgid"], "got 'ridgid'; did you mean 'rigid'"),
         (["reconstruct", "--episodes", "2"], "episodes: expected some of 0 to 1"),
-        (["reconstruct", "--steps", "0"], "steps, new_views: expected at least 1 and 0"),
+        (["reconstruct", "--steps", "0"], "steps: expected at least 1, got 0"),
+        (["reconstruct", "--workers", "0"], "workers: expected at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_named(words, sentence, pair, call, tmp_path):
