@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from dataengine.errors import DatasetWriteError, in_words
 from dataengine.lerobot import layout, metadata
 from dataengine.lerobot.stored import StoredEpisode
 from dataengine.lerobot.writer import EpisodeWriter
@@ -225,6 +226,9 @@ class PlayEpisode:
         env, policy, writer, recorder = self._stage
         try:
             length = play_episode(env, policy, recorder, seed, self.keep, self.max_steps)
+        except DatasetWriteError as error:  # whose sentence tells of the parts, which nobody asked for
+            reason = in_words(error.__cause__ or error)
+            raise DatasetWriteError(f"{self.home}: cannot write ({reason})", errno=error.errno) from error
         except BaseException:
             writer.discard_episode()
             raise

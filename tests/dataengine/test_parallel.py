@@ -298,7 +298,7 @@ def seen(tmp_path_factory):
     return root
 
 
-def plan(steps=60):
+def plan(steps=30):
     from dataengine.fit import Fit
     from dataengine.reconstruct import Reconstruction
 
