@@ -78,7 +78,10 @@ def test_killed_in_the_middle_of_an_episode(tmp_path):
     process = start(root, "w = open_writer()\nadd(w)\nw.save_episode()\nwhile True:\n    add(w)\n")
     wait_for(
         lambda: (
-            (root / ".unfinished/observation.images.a.mp4").exists() and (root / "meta/info.json").exists()
+            (
+                root / ".unfinished/observation.images.a.mp4"
+            ).exists()  # of the second one: the first is all there
+            and any(root.glob("meta/episodes/*/*.parquet"))
         ),
         process,
     )
