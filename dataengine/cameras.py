@@ -93,6 +93,11 @@ class Cameras:
     def _check_shapes(self) -> None:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"names: expected distinct view names, got {list(self.names)}")
+        for name in self.names:  # they become names of files and folders
+            if name in ("", ".", "..") or set(name) & set("/\\\0"):
+                raise ValueError(
+                    f"names: expected view names without / and \\, got {name!r}; rename the view"
+                )
         for argument, array, side in (
             ("intrinsics", self.intrinsics, 3),
             ("camera_to_world", self.camera_to_world, 4),

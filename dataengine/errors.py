@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DatasetError(RuntimeError):
@@ -73,7 +73,7 @@ def in_words(reason: object) -> str:
 def is_full(error: BaseException) -> bool:
     """Whether `error` says that the disk, or the user's share of it, is full."""
     # Writers in other languages report a full disk as text only.
-    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+    texts = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122", "os error 27)")
     return getattr(error, "errno", None) in FULL or any(text in str(error) for text in texts)
 
 

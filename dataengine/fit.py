@@ -97,9 +97,8 @@ def fit(
         records.append({"step": step, "frame": frame, "loss": loss, "gaussians": len(scene)})
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         last = step + 1 == settings.steps
-        stop = [callback(scene, records[-1]) for callback in callbacks].count(
-            True
-        ) > 0  # all of them are called
+        asked = [callback(scene, records[-1]) for callback in callbacks]  # all of them are called
+        stop = any(answer is True for answer in asked)
         if folder is not None and (last or stop or (step + 1) % settings.save_every == 0):
             run.save(Path(folder), step + 1, records)
         if stop:

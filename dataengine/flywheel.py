@@ -61,10 +61,15 @@ class Flywheel:
     tolerance: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rounds < 0 or not 0 < self.weight <= 1 or self.tolerance < 0:
+        if (
+            not isinstance(self.rounds, int)
+            or self.rounds < 0
+            or not 0 < self.weight <= 1
+            or self.tolerance < 0
+        ):
             raise ValueError(
-                f"rounds, weight, tolerance: expected rounds >= 0, weight in (0, 1], tolerance >= 0, got {self.rounds}, "
-                f"{self.weight}, {self.tolerance}"
+                "rounds, weight, tolerance: expected a whole number >= 0, a share in (0, 1] and a number >= 0, got "
+                f"{self.rounds}, {self.weight}, {self.tolerance}"
             )
 
 
@@ -228,8 +233,10 @@ def reprojection_errors(scene: Scene, held_out: Views) -> dict[str, float]:
     made views right and do they fit the others? `reprojection_depth` carries the true picture instead, so that the
     scene's depth alone is judged. A pixel where the scene has no surface, or one outside the second picture, goes
     nowhere: it counts as what the scene shows against the truth, or the mean colour against the truth, so that holes do
-    not pay. Needs depth in `held_out`, which tells what both see.
+    not pay. Needs depth in `held_out`, which tells what both see; with one camera nothing can be said.
     """
+    if len(held_out.names) < 2:
+        return {}
     mean, errors = held_out.images.mean((0, 1, 2, 3)), {"reprojection": [], "reprojection_depth": []}
     for frame in range(scene.frames):
         cameras = held_out.cameras.at(frame)

@@ -163,6 +163,8 @@ class MadeDataset:
 def _mixed(old: Any, new: Any, share: float, *, add: bool) -> Any:
     if isinstance(old, dict):
         return {key: _mixed(old[key], new[key], share, add=add) for key in old}
+    if old is None or new is None:
+        return None
     return old + new if add else old + share * (new - old)
 
 

@@ -267,15 +267,17 @@ class Tracked(Motion):
     def __init__(self, frames: int, *, neighbours: int = 8, rigidity: float = 0.5):
         super().__init__()
         self.frames, self.neighbours, self.rigidity = frames, neighbours, rigidity
-        self._near: Tensor | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("frames", "neighbours", "rigidity")}
 
     def start(self, gaussians: Gaussians, born: Tensor) -> dict[str, Tensor]:
         n = len(gaussians)
-        self._near = None
-        return {"steps": gaussians.means.new_zeros(n, self.frames - 1, 6)}
+        return {
+            "steps": gaussians.means.new_zeros(n, self.frames - 1, 6),
+            "home": gaussians.means.detach().clone(),
+        }
 
     def forward(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Gaussians:
         loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
@@ -292,7 +294,7 @@ class Tracked(Motion):
         loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
         if frame == 0 or len(loose) < 2:
             return super().penalty(gaussians, own, frame)
-        near = self._neighbours(gaussians.means[loose].detach())
+        near = self._neighbours(own["home"][loose])
         now, before = (self(gaussians, own, f) for f in (frame, frame - 1))
         turn = rotations.to_matrix(
             rotations.multiply(
@@ -304,13 +306,13 @@ class Tracked(Motion):
         stretched = torch.einsum("nij,nkj->nki", turn, gap_now) - gap_before
         return self.rigidity * (stretched / 0.01).square().sum(-1).mean()
 
-    def _neighbours(self, means: Tensor) -> Tensor:
-        """Indices ``[n, k]`` of the nearest others at frame 0, found once."""
-        if self._near is None or len(self._near) != len(means):
-            k = min(self.neighbours, len(means) - 1)
-            rows = [torch.cdist(part, means).topk(k + 1, largest=False).indices for part in means.split(1024)]
-            self._near = torch.cat(rows)[:, 1:]
-        return self._near
+    def _neighbours(self, home: Tensor) -> Tensor:
+        """Indices ``[n, k]`` of the others that were nearest where the Gaussians began, found once for the same ones."""
+        if self._found is None or not torch.equal(self._found[0], home):
+            k = min(self.neighbours, len(home) - 1)
+            rows = [torch.cdist(part, home).topk(k + 1, largest=False).indices for part in home.split(1024)]
+            self._found = home.detach().clone(), torch.cat(rows)[:, 1:]
+        return self._found[1]
 
 
 class Together(Motion):

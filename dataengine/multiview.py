@@ -116,12 +116,12 @@ def multiply(
     if generator is None:
         settings = replace(settings, rounds=0)
     scene = first_fit(views, settings)
-    cover = confirmed(scene, cameras, views)
+    cover = None if views.depth is None else confirmed(scene, cameras, views).tolist()
     turned = flywheel(views, generator, cameras, settings, scene=scene)
     kept = [record for record in turned.log if record["kept"]]
     figures = {
         "input_psnr": kept[-1]["input_psnr"],
-        "cover": dict(zip(cameras.names, cover.tolist(), strict=True)),
+        "cover": None if cover is None else dict(zip(cameras.names, cover, strict=True)),
         "rounds": len(kept) - 1,
     }
     repaired = any(record.get("changed", 0.0) > 0 for record in kept)
@@ -131,17 +131,14 @@ def multiply(
 
 @torch.no_grad()
 def confirmed(scene: Scene, cameras: Cameras, views: Views) -> torch.Tensor:
-    """Share ``[V]`` of the pixels of `cameras` whose surface in `scene` some observed view shows too, at the first, the
-    middle and the last frame; without depth, the share that the scene covers."""
+    """Share ``[V]`` of the pixels of `cameras` whose surface in `scene` some of `views` shows too, by their depth, at the
+    first, the middle and the last frame."""
     shares = []
     for frame in sorted({0, len(views) // 2, len(views) - 1}):
         shown = scene.render(cameras, frame)
-        seen = shown.alpha
-        if views.depth is not None:
-            points = torch.from_numpy(cameras.at(frame).unproject(shown.depth.numpy())).float()
-            there = evidence(points.view(-1, 3), views).there.view(seen.shape)
-            seen = (there & (seen > 0.5)).float()
-        shares.append(seen.mean((1, 2)))
+        points = torch.from_numpy(cameras.at(frame).unproject(shown.depth.numpy())).float()
+        there = evidence(points.view(-1, 3), views).there.view(shown.alpha.shape)
+        shares.append((there & (shown.alpha > 0.5)).float().mean((1, 2)))
     return torch.stack(shares).mean(0)
 
 

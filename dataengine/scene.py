@@ -20,6 +20,11 @@ from dataengine.rasterize import rasterization
 from dataengine.storage import AnyPath, load_tensors, save_tensors
 
 VERSION = 1
+FIXED = (
+    "body",
+    "born",
+    "home",
+)  # parameters that are not learned: densification copies and drops them like the others
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +66,7 @@ class Scene(nn.Module):
         own = gaussians.parameters() | motion.start(gaussians, born)
         self.params = nn.ParameterDict(
             {
-                name: nn.Parameter(value.detach().clone(), requires_grad=name != "born")
+                name: nn.Parameter(value.detach().clone(), requires_grad=name not in FIXED)
                 for name, value in own.items()
             }
         )
@@ -123,21 +128,30 @@ class Scene(nn.Module):
         tensors, metadata = load_tensors(path)
         try:
             described = json.loads(metadata["scene"])
-            version, frames = described["version"], described["frames"]
-        except (KeyError, ValueError):
+            version = described["version"]
+        except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"{path}: expected a scene, got another file; write one with Scene.save"
             ) from None
         if version != VERSION:
             raise ValueError(f"{path}: expected version {VERSION}, got {version}; fit the scene again")
+        try:
+            return cls._restore(described, tensors)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected a whole scene, got one that does not fit together ({error}); write it again"
+            ) from None
+
+    @classmethod
+    def _restore(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scene:
         params = {
             name.removeprefix("params."): t for name, t in tensors.items() if name.startswith("params.")
         }
         gaussians = Gaussians(**{name: params[name] for name in (*PARAMETERS, "body")})
         motion = restore_motion(described["motion"], tensors)
-        scene = cls(gaussians, motion, frames)
+        scene = cls(gaussians, motion, described["frames"])
         for name, value in params.items():
-            scene.params[name] = nn.Parameter(value, requires_grad=name not in ("born", "body"))
+            scene.params[name] = nn.Parameter(value, requires_grad=name not in FIXED)
         scene.load_state_dict(tensors)
         return scene
 

@@ -65,7 +65,7 @@ def orient(shots: Sequence[Shot], axes: str) -> list[Shot]:
     for shot in shots:
         check_pose(shot.pose, shot.label)
     poses = np.stack([shot.pose for shot in shots])
-    check_hands(poses, [shot.label for shot in shots])
+    check_hands(poses if axes == "auto" else to_opencv(poses, axes), [shot.label for shot in shots])
     if axes == "auto":
         scores = score_axes(poses, np.stack([s.intrinsics for s in shots]), shots[0].size)
         axes = better_axes(scores) or "opencv"

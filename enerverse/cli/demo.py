@@ -43,8 +43,8 @@ class Demo:
     """Frames to imagine per episode."""
     observed: int = 4
     """Frames that the model sees before (CueDelayReach: up to the go signal)."""
-    scene: bool = True
-    """Also make new views of an episode of the first task from two cameras, and a page that plays its 4D scene."""
+    skip_scene: bool = False
+    """Leave out new views of an episode of the first task from two cameras and the page that plays its 4D scene."""
     device: str | None = None
     """cpu or cuda; when not given, the GPU if there is one."""
 
@@ -58,7 +58,7 @@ class Demo:
             f"imagine {count(self.frames, 'frame')} of {count(self.takes, 'new episode')} per task, from the instruction "
             "and from the actions",
             f"let the policy play {count(self.episodes, 'episode')} per task in MuJoCo"
-            + (", look at one from where no camera stood" if self.scene else ""),
+            + (", look at one from where no camera stood" if not self.skip_scene else ""),
             f"into {self.out / 'report.html'}; with the defaults about three minutes on two quiet cores",
         )
         results = measure(self, pipe, policy)
@@ -117,7 +117,7 @@ def measure(settings: Demo, pipe: EnerVersePipeline, policy: EnerVersePolicy) ->
         with clock.part("acting", task):
             acting[task] = act(settings, policy, task)
     viewed = None
-    if settings.scene:
+    if not settings.skip_scene:
         with clock.part("making views", settings.tasks[0]):
             viewed = make_views(settings, pipe)
     chunk_times = [told.chunk_ms for part in imaginations.values() for told in part.versions.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -172,6 +173,12 @@ def load_repairer(checkpoint: Path | None) -> Generator:
     return WorldRepairer(load_world(checkpoint))
 
 
+def mean_cover(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of each new view's pixels that observed views show too, empty where these have no depth to tell by."""
+    known = [row["cover"] for row in figures if row["cover"] is not None]
+    return {name: sum(row[name] for row in known) / len(known) for name in (known[0] if known else ())}
+
+
 def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:
     """What was made, how good it is, how many of `rounds` were kept, and which views show much that nobody has seen."""
     if not report.made:
@@ -183,11 +190,11 @@ def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:
         lines = [f"{done}: {out}"]
     figures = report.figures
     psnr = sum(row["input_psnr"] for row in figures) / len(figures)
-    cover = {name: sum(row["cover"][name] for row in figures) / len(figures) for name in figures[0]["cover"]}
-    mean = sum(cover.values()) / len(cover)
-    lines.append(
-        f"the scene gives the observed views back with {psnr:.1f} dB; they show {mean:.0%} of the new views' pixels"
+    cover = mean_cover(figures)
+    seen = (
+        f"show {sum(cover.values()) / len(cover):.0%} of the new views' pixels" if cover else "have no depth"
     )
+    lines.append(f"the scene gives the observed views back with {psnr:.1f} dB; they {seen}")
     if rounds:
         kept = sum(row["rounds"] for row in figures) / len(figures)
         lines.append(

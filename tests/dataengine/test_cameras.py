@@ -139,6 +139,8 @@ def test_bad_poses_say_what_is_wrong(spoil, sentence):
     [
         ({"names": ("a", "a")}, "names: expected distinct view names"),
         ({"names": ("a",)}, r"intrinsics: expected shape \[1, 3, 3\] or \[T, 1, 3, 3\], got \[2, 3, 3\]"),
+        ({"names": ("a", "b/c")}, "names: expected view names without / and .*, got 'b/c'; rename the view"),
+        ({"names": ("a", "..")}, "names: expected view names without"),
         ({"width": 0}, "width, height: expected at least 1 pixel, got 0 x 4"),
         (
             {"intrinsics": np.stack([np.eye(3) * [[-1], [1], [1]]] * 2)},

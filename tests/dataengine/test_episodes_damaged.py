@@ -1,6 +1,8 @@
 """Damaged datasets, and datasets of other writers with many episodes in one file."""
 
+import errno
 import json
+import os
 import shutil
 
 import av
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataengine.episodes import DatasetError, EpisodeDataset
+from dataengine.errors import is_full
 
 DATA, META = "data/chunk-000/file-001.parquet", "meta/episodes/chunk-000/file-001.parquet"
 VIDEO = "videos/observation.images.top/chunk-000/file-001.mp4"
@@ -45,6 +48,13 @@ def test_damaged_episode_is_named_and_others_stay_readable(dataset_root, file, d
     assert len(dataset[0]) == 5
     assert len(dataset[2]) == 7
     assert len(dataset.problems()) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_room_is_known_by_number_and_by_text(code):
+    assert is_full(OSError(code, os.strerror(code)))
+    assert is_full(RuntimeError(f"external error: {os.strerror(code)} (os error {code})"))
+    assert not is_full(OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def test_a_damaged_video_is_told_in_words(dataset_root):

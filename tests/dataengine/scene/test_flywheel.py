@@ -103,7 +103,7 @@ def test_identity_gives_back_what_was_rendered(few, anchors):
     assert torch.equal(Identity().repair(renders, few, None).images, renders.images)
 
 
-@pytest.mark.parametrize("change", [{"rounds": -1}, {"weight": 0.0}, {"tolerance": -1.0}])
+@pytest.mark.parametrize("change", [{"rounds": -1}, {"rounds": 1.5}, {"weight": 0.0}, {"tolerance": -1.0}])
 def test_bad_settings_are_refused(change):
     with pytest.raises(ValueError, match="rounds, weight, tolerance: expected"):
         Flywheel(**change)

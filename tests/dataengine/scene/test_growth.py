@@ -69,6 +69,10 @@ def test_a_true_scene_carries_pixels_better_than_one_with_holes_or_wrong_depth(u
         assert bad["reprojection_depth"] > 1.5 * good["reprojection_depth"]
 
 
+def test_one_camera_has_no_other_to_agree_with(unseen):
+    assert reprojection_errors(world(), unseen.select(["test_0"])) == {}
+
+
 def test_carrying_pixels_needs_depth(unseen):
     with pytest.raises(ValueError, match="views: expected depth, to know which cameras see the same surface"):
         reprojection_errors(world(), dataclasses.replace(unseen, depth=None))

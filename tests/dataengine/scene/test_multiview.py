@@ -326,6 +326,8 @@ def test_colour_alone_and_another_size(pair, tmp_path):
     assert episode.images["view_00"].shape == (4, 16, 16, 3)
     assert episode.depth is None
     assert episode.body_ids is None
+    record = json.loads((tmp_path / "out" / "meta" / "multiview.json").read_text())
+    assert record["episodes"][0]["cover"] is None  # nothing says what the observed views see of the new ones
     np.testing.assert_allclose(episode.cameras.intrinsics[0, 0, 0, 0], 1.2 * 16, rtol=1e-6)
 
 

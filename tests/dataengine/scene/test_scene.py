@@ -16,6 +16,7 @@ from dataengine.losses import Weights
 from dataengine.motion import MODELS, Polynomial, Rigid, Together, make_motion
 from dataengine.reconstruct import Reconstruction, begin, choose_motion, measure, reconstruct
 from dataengine.scene import Scene
+from dataengine.storage import load_tensors, save_tensors
 from dataengine.tracking import kabsch, track_bodies
 from tests.dataengine.scene.conftest import FRAMES, capture, poses, ring, world
 
@@ -86,6 +87,18 @@ def test_a_scene_comes_back_from_its_file(name, tmp_path):
             assert torch.equal(value, getattr(again.at(t), key)), (key, t)
 
 
+def test_a_damaged_scene_is_refused_in_a_sentence(tmp_path):
+    path = Scene(cloud(4), Rigid(poses()), FRAMES).save(tmp_path / "scene.safetensors")
+    tensors, metadata = load_tensors(path)
+    del tensors["params.quats"]
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match="expected a whole scene, got one that does not fit together"):
+        Scene.load(path)
+    save_tensors(path, tensors, {"scene": "[]"})
+    with pytest.raises(ValueError, match="expected a scene, got another file"):
+        Scene.load(path)
+
+
 def test_models_together_move_what_is_theirs():
     gaussians = Gaussians.cat([cloud(10), cloud(6, body=1), cloud(8, body=LOOSE)])
     rigid, loose = Rigid(poses()), make_motion("hexplane", gaussians, FRAMES)
@@ -116,7 +129,7 @@ def test_every_number_of_a_motion_gets_a_gradient(name):
     posed = scene.at(2)
     loss = posed.means.square().sum() + posed.quats[:, 1].sum() + posed.opacities.sum() + scene.penalty(2)
     loss.backward()
-    wanted = [*motion.parameters(), *(v for k, v in scene.own.items() if k != "born")]
+    wanted = [*motion.parameters(), *(v for v in scene.own.values() if v.requires_grad)]
     assert wanted
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in wanted)
 
@@ -247,12 +260,14 @@ def test_a_fit_shows_cameras_it_never_saw_what_they_see(seen, unseen):
     assert after["depth_cm"] < before["depth_cm"]
 
 
-def test_a_stopped_fit_ends_with_the_same_numbers(seen, tmp_path):
+@pytest.mark.parametrize("motion", ["auto", "tracked"])
+def test_a_stopped_fit_ends_with_the_same_numbers(seen, tmp_path, motion):
     settings = Fit(steps=8, save_every=3, quiet=True)
-    whole, parts = (begin(seen, Reconstruction(fit=settings)) for _ in range(2))
+    plan = Reconstruction(motion=motion, fit=settings)
+    whole, parts = (begin(seen, plan) for _ in range(2))
     records = fit(whole, seen, settings)
     fit(parts, seen, settings, folder=tmp_path, callbacks=[lambda scene, record: record["step"] == 4])
-    again = begin(seen, Reconstruction(fit=settings))
+    again = begin(seen, plan)
     assert fit(again, seen, settings, folder=tmp_path) == records
     for key, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key

@@ -165,6 +165,19 @@ def test_left_handed_captures_are_named(seen3, tmp_path):
         read_parts(tmp_path)
 
 
+@pytest.mark.parametrize(("column", "axis"), [(1, "y"), (2, "z")])
+def test_the_axis_that_is_wrong_is_named(seen3, tmp_path, column, axis):
+    def turn(frames):
+        matrices = [np.array(frame["transform_matrix"]) for frame in frames]
+        for matrix in matrices:
+            matrix[:, column] *= -1
+        return [f | {"transform_matrix": m.tolist()} for f, m in zip(frames, matrices, strict=True)]
+
+    rewrite(tmp_path, seen3, turn)
+    with pytest.raises(ValueError, match=f"flip its {axis} axis"):
+        read_parts(tmp_path)
+
+
 def test_empty_masks_are_named(seen3, tmp_path):
     masked = torch.ones_like(seen3.images[..., 0])
     masked[2, 1] = 0

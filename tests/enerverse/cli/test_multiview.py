@@ -1,5 +1,6 @@
 """From two cameras to four, to a page, to a trained world model and policy: the program, end to end at toy sizes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -173,6 +174,10 @@ def test_doubtful_results_are_told():
     assert "15.0 dB; they show 65% of the new views' pixels" in lines[1]
     assert "below 20 dB the new views are doubtful" in lines[2]
     assert lines[3].startswith("seen less than 80%: view_01 (40%); observe more views")
+    colour = dataclasses.replace(report, figures=({"input_psnr": 25.0, "cover": None, "rounds": 2},))
+    assert describe(colour, "out")[1:] == [
+        "the scene gives the observed views back with 25.0 dB; they have no depth"
+    ]
 
 
 def test_one_worker_is_this_process():

@@ -128,7 +128,7 @@ def test_rollout_reports_success_with_its_interval(trained, call, tmp_path):
 def test_demo_writes_a_page_and_prints_its_table(trained, call, tmp_path):
     said = call(
         "demo", "--checkpoint", trained, "--out", tmp_path, "--episodes", 1, "--takes", 1, "--frames", 8,
-        "--tasks", "CueDelayReach", "--no-scene",
+        "--tasks", "CueDelayReach", "--skip-scene",
     )  # fmt: skip
     assert said.code == 0, said.err
     assert "CueDelayReach" in said.out
