@@ -11,7 +11,7 @@ from dataengine.gaussians import STATIC, Gaussians
 from dataengine.initialize import evidence, normals
 from dataengine.views import Views
 
-FEWEST = 0.02  # share of the static Gaussians that a plane holds at least
+FEWEST = 0.05  # share of the static Gaussians that a plane holds at least: a table, not the face of a tool
 CELLS = 96  # of the longer side of a plane
 LEVEL = 0.9  # cosine of the angle between a plane and the surface at half of its points, at least
 SAMPLED = 500  # points at which that is asked
@@ -59,6 +59,7 @@ def find_planes(still: Gaussians, most: int, seed: int = 0) -> list[Plane]:
         normals = torch.linalg.cross(trios[:, 1] - trios[:, 0], trios[:, 2] - trios[:, 0])
         normals = torch.nn.functional.normalize(normals, dim=-1)
         near = (at @ normals.T - (trios[:, 0] * normals).sum(-1)).abs() < width[:, None]
+        near &= normals.norm(dim=-1) > 0.5  # three points in a row span no plane
         best = near[:, (near * width[:, None].square()).sum(0).argmax()]
         if int(best.sum()) < max(3, FEWEST * len(points)):
             break

@@ -243,6 +243,29 @@ def test_a_heap_of_points_holds_no_plane():
     assert find_planes(cloud(2000), 4) == []
 
 
+def plate(side, count, *, low=(0.0, 0.0, 0.0), upright=False):
+    """Points of a square grid, flat or upright."""
+    line = torch.linspace(0, side, count)
+    u, v = torch.cartesian_prod(line, line).unbind(-1)
+    flat = torch.zeros_like(u)
+    return torch.stack([u, flat, v] if upright else [u, v, flat], -1) + torch.tensor(low)
+
+
+def test_planes_hold_what_lies_in_them_whichever_points_are_drawn():
+    """Of few points many trios are drawn twice the same, and span nothing."""
+    corner = torch.cat([plate(1.0, 6), plate(1.0, 6, low=(0.0, -0.3, 0.1), upright=True)])
+    still = Gaussians.from_points(corner, torch.zeros_like(corner), 0.02)
+    for seed in range(10):
+        planes = find_planes(still, 4, seed)
+        assert [int(plane.inside.sum()) for plane in planes] == [36, 36]
+
+
+def test_the_face_of_a_tool_is_no_plane_that_goes_on():
+    table = torch.cat([plate(1.0, 40), plate(0.1, 8, low=(0.5, 0.5, 0.3), upright=True)])
+    still = Gaussians.from_points(table, torch.zeros_like(table), 0.02)
+    assert [int(plane.inside.sum()) for plane in find_planes(still, 4)] == [1600]
+
+
 def test_completion_is_an_option(seen):
     counts = [len(begin(seen, Reconstruction(complete=flag))) for flag in (False, True)]
     assert counts[0] < counts[1]
