@@ -43,6 +43,7 @@ SPECIAL = (
     "rigid, poses disturbed",
     "rigid, poses disturbed and learned",
     "static, colour alone",
+    "polynomial, colour alone",
 )
 PICTURED = ("rigid", "bodies", "static")
 FIGURE = Path("docs/figures/scenes.png")
@@ -113,7 +114,7 @@ def variants(fitted: Views, settings: Scenes) -> dict[str, tuple[Views, Reconstr
         (fitted, replace(rigid, complete=False)),
         (wrong, rigid),
         (wrong, replace(rigid, learn_poses=True)),
-        (replace(fitted, depth=None), Reconstruction(motion="static")),
+        *((replace(fitted, depth=None), Reconstruction(motion=name)) for name in ("static", "polynomial")),
     )
     return dict(zip(SPECIAL, plans, strict=True))
 

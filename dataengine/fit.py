@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataengine.gaussians import LOOSE
 from dataengine.losses import Weights, frame_loss
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, load_tensors, save_tensors
@@ -236,6 +237,9 @@ class _Densification:
         self.strategy.step_pre_backward(self.run.scene.params, self.run.optimizers, self.state, step, meta)
 
     def after(self, step: int, meta: dict[str, Any]) -> None:
+        params = self.run.scene.params
+        if "life" in params:  # of what lives for a moment, more would learn the few pictures of it by heart
+            meta["means2d"].absgrad[:, params["body"] == LOOSE] = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1_000_003 * self.run.settings.seed + step)
             self.strategy.step_post_backward(

@@ -44,10 +44,10 @@ class Reconstruction:
 
 
 def choose_motion(views: Views) -> str:
-    """`rigid` where bodies and their pixels are known; `static` where less than a thousandth of all pixels move;
+    """`rigid` where bodies, their pixels and depth are known; `static` where less than a thousandth of all pixels move;
     `polynomial` without depth, or where most pixels move (cameras that move, say); else `bodies`, which of the models that
     need no poses shows moving pixels best."""
-    if views.bodies is not None and views.body_ids is not None:
+    if views.bodies is not None and views.body_ids is not None and views.depth is not None:
         return "rigid"
     moving = float(moving_pixels(views).float().mean())
     if moving < STILL:
@@ -99,14 +99,16 @@ def _start(
 ) -> Start:
     if name not in MODELS:  # the sentence with the closest name
         make_motion(name, from_frusta(views, 1).gaussians, 1)
+    frames = "born" if name == "polynomial" else "first"
     if views.depth is None:
-        return from_frusta(views)
+        if name == "rigid":
+            raise ValueError("views: expected depth to give bodies their pixels, got none; use polynomial")
+        return from_frusta(views, loose=None if name == "static" else frames)
     if name in ("rigid", "bodies"):
         return from_depth(views, labels, poses, spacing=settings.spacing, degree=settings.degree)
     if name == "static":
         still = torch.zeros(views.images.shape[:-1], dtype=torch.long)
         return from_depth(views, still, spacing=settings.spacing, degree=settings.degree)
-    frames = "born" if name == "polynomial" else "first"
     return from_depth(views, spacing=settings.spacing, degree=settings.degree, generic=frames)
 
 

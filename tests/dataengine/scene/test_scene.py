@@ -317,6 +317,26 @@ def test_a_scene_is_found_from_colour_alone():
     assert len(scene) != count
 
 
+def test_what_moves_is_found_from_colour_alone(unseen):
+    """A camera that was not there sees the block go, which a scene without motion does not show."""
+    views = dataclasses.replace(capture(ring(6), depth=False), bodies=None, body_ids=None)
+    assert choose_motion(views) == "polynomial"
+    moving, shown = unseen.body_ids > 0, {}
+    for motion in ("static", "polynomial"):
+        scene = reconstruct(views, Reconstruction(motion=motion, fit=Fit(steps=100, quiet=True)))
+        shown[motion] = measure(scene, unseen, moving)["moving_psnr"]
+    assert shown["polynomial"] > shown["static"] + 2
+    start = from_frusta(views, 500, loose="born").gaussians
+    loose = start.means[start.body == LOOSE]
+    assert (loose - torch.tensor([0.15, 0.0, 0.07])).norm(dim=-1).median() < 0.2  # about where the block goes
+
+
+@pytest.mark.parametrize("motion", ["rigid", "bodies"])
+def test_bodies_are_not_found_without_depth(motion):
+    with pytest.raises(ValueError, match="views: expected depth to .*, got none; use polynomial"):
+        begin(capture(ring(4), depth=False), Reconstruction(motion=motion))
+
+
 def test_a_view_that_counts_nothing_pulls_nothing(seen):
     wrong = dataclasses.replace(seen.select(["ring_0"]), images=torch.zeros_like(seen.images[:, :1]))
     renamed = dataclasses.replace(wrong, cameras=dataclasses.replace(wrong.cameras, names=("wrong",)))
