@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataengine.digests import digest_views
 from dataengine.gaussians import LOOSE
 from dataengine.losses import Weights, frame_loss
 from dataengine.scene import Scene
@@ -84,13 +85,14 @@ def fit(
     record of a step; it may stop the fit by returning True.
 
     Raises:
-        ValueError: a scene of another number of frames; a folder with a fit of other settings.
+        ValueError: a scene of another number of frames; a folder with a fit of other settings, views or kind of scene.
     """
     settings = settings or Fit()
     if scene.frames != len(views):
         raise ValueError(f"views: expected {scene.frames} frames like the scene, got {len(views)}")
     run = _Run(scene, settings)
-    records = run.resume(Path(folder)) if folder is not None else []
+    seen = digest_views(views) if folder is not None else ""
+    records = run.resume(Path(folder), seen) if folder is not None else []
     bar = tqdm(range(run.step, settings.steps), desc="fit", disable=settings.quiet or None, leave=False)
     for step in bar:
         frame = _frame(settings.seed, step, len(views))
@@ -101,7 +103,7 @@ def fit(
         asked = [callback(scene, records[-1]) for callback in callbacks]  # all of them are called
         stop = any(answer is True for answer in asked)
         if folder is not None and (last or stop or (step + 1) % settings.save_every == 0):
-            run.save(Path(folder), step + 1, records)
+            run.save(Path(folder), step + 1, records, seen)
         if stop:
             break
     return records
@@ -163,7 +165,7 @@ class _Run:
             for group in self.network.param_groups:
                 group["lr"] = factor * rates.of(group["rate"])
 
-    def save(self, folder: Path, step: int, records: list[dict[str, float]]) -> None:
+    def save(self, folder: Path, step: int, records: list[dict[str, float]], seen: str) -> None:
         tensors: dict[str, Tensor] = {f"scene.{k}": v for k, v in self.scene.state_dict().items()}
         for name, optimizer in [*self.optimizers.items(), ("network", self.network)]:
             states = optimizer.state_dict()["state"] if optimizer else {}
@@ -173,12 +175,13 @@ class _Run:
             tensors |= {f"strategy.{k}": v for k, v in self.strategy.state.items() if isinstance(v, Tensor)}
         metadata = {
             "step": str(step),
+            "views": seen,
             "settings": json.dumps(asdict(self.settings)),
             "records": json.dumps(records),
         }
         save_tensors(folder / "fit.safetensors", tensors, metadata)
 
-    def resume(self, folder: Path) -> list[dict[str, float]]:
+    def resume(self, folder: Path, seen: str) -> list[dict[str, float]]:
         """Take up the fit in `folder`, if there is one; its records so far."""
         path = folder / "fit.safetensors"
         if not path.exists():
@@ -187,6 +190,11 @@ class _Run:
         if json.loads(metadata["settings"]) != asdict(self.settings):
             raise ValueError(
                 f"{path}: expected a fit of the same settings, got another; choose another folder"
+            )
+        params = {name for name in tensors if name.startswith("scene.")}
+        if metadata["views"] != seen or params != {f"scene.{name}" for name in self.scene.state_dict()}:
+            raise ValueError(
+                f"{path}: expected a fit of the same kind of scene to the same views, got another; choose another folder"
             )
         self._restore(tensors)
         self.step = int(metadata["step"])

@@ -47,7 +47,8 @@ class Repaired:
 
 
 class Generator(Protocol):
-    """Anything that repairs renders. `references` are the real views of the scene, of the same frames."""
+    """Anything that repairs renders. `references` are the real views of the scene, of the same frames. One with weights
+    that is no `nn.Module` has an attribute `digest` that tells them from others (see `dataengine.digests`)."""
 
     name: str
 

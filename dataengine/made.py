@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataengine import rotations
+from dataengine.digests import digest_episode, digest_generator
 from dataengine.episodes import Bodies, Episode, EpisodeDataset, EpisodeWriter
 from dataengine.lerobot import metadata
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
@@ -19,6 +20,7 @@ from dataengine.storage import atomic_write, read_json
 from dataengine.views import Views
 
 if TYPE_CHECKING:
+    from dataengine.generators import Generator
     from dataengine.multiview import Multiview
 
 RECORD = Path("meta", "multiview.json")
@@ -107,9 +109,12 @@ class MadeDataset:
     Raises ValueError where the folder was made with other settings, from other data or by another generator.
     """
 
-    def __init__(self, root: Path, source: EpisodeDataset, settings: Multiview, generator: str | None):
-        self.path, self.root, self.source = root / RECORD, root, source
+    def __init__(
+        self, root: Path, source: EpisodeDataset, reading: Reading, settings: Multiview, generator: Generator | None
+    ):  # fmt: skip
+        self.path, self.root, self.source, self.reading = root / RECORD, root, source, reading
         self.bound = json.loads(json.dumps(describe(source, settings, generator)))
+        self.probe: dict[str, Any] | None = None
         self.figures: list[dict[str, Any]] = []
         if not any((root / "meta" / "episodes").glob("*/*.parquet")):
             return
@@ -127,7 +132,7 @@ class MadeDataset:
                 raise ValueError(
                     f"{key}: expected {found} as in {self.root}, got {wanted}; choose another folder or the same settings"
                 )
-        self.figures = list(there.get("episodes", []))
+        self.figures, self.probe = list(there.get("episodes", [])), there.get("probe")
 
     def check_finished(self, episodes: Sequence[int]) -> int:
         """How many of `episodes` are finished. Raises ValueError where what is there are not their first ones."""
@@ -139,13 +144,23 @@ class MadeDataset:
                 f"{self.root}: expected its {len(lengths)} episodes to be the first of those asked for, got others; "
                 "choose another folder"
             )
+        for row in self.figures[: len(lengths)]:
+            if row["source"] != self._digest(row["episode"]):
+                raise ValueError(
+                    f"{self.root}: expected episode {row['episode']} of {self.source.root} as it was, got another; choose "
+                    "another folder"
+                )
         del self.figures[len(lengths) :]  # of an episode that was not published
         return len(lengths)
+
+    def _digest(self, episode: int) -> str:
+        return digest_episode(self.source, episode, self.reading.cameras(self.source, episode))
 
     def add(self, episode: int, figures: dict[str, Any], frames: int, *, first: bool) -> None:
         """Figures of a window; those of an episode are means over its frames, seconds their sum."""
         if first:
-            self.figures.append({"episode": episode, "frames": frames, **figures})
+            source = self._digest(episode)
+            self.figures.append({"episode": episode, "source": source, "frames": frames, **figures})
             return
         row = self.figures[-1]
         share = frames / (row["frames"] + frames)
@@ -156,7 +171,7 @@ class MadeDataset:
     def write(self) -> None:
         """Write the file, whole or not at all."""
         with atomic_write(self.path) as temporary:
-            text = json.dumps({**self.bound, "episodes": self.figures}, indent=1)
+            text = json.dumps({**self.bound, "probe": self.probe, "episodes": self.figures}, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -178,7 +193,7 @@ def _difference(there: Any, here: Any) -> tuple[Any, Any]:
     return there, here
 
 
-def describe(source: EpisodeDataset, settings: Multiview, generator: str | None) -> dict[str, Any]:
+def describe(source: EpisodeDataset, settings: Multiview, generator: Generator | None) -> dict[str, Any]:
     """What all episodes of a made dataset have in common."""
     values = {name: getattr(settings, name) for name in ("views", "observed", "window", "size", "mend")}
     cameras = None if settings.cameras is None else json.loads(settings.cameras.to_json())
@@ -187,7 +202,8 @@ def describe(source: EpisodeDataset, settings: Multiview, generator: str | None)
         plan.pop("quiet")
     return {
         "dataset": source.root.resolve().name,
-        "generator": generator or "none",
+        "generator": "none" if generator is None else generator.name,
+        "weights": digest_generator(generator),
         **values,
         "cameras": cameras,
         "flywheel": wheel,

@@ -28,6 +28,7 @@ from dataengine.initialize import evidence
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.made import MadeDataset, add_window, writer_arguments
 from dataengine.placement import place_cameras
+from dataengine.probe import probe
 from dataengine.scene import Scene
 from dataengine.sources import Reading, check, open_reading, windows
 from dataengine.storage import AnyPath
@@ -94,23 +95,30 @@ class Multiplied:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one call of :func:`multiview` did: episodes made now and before, frames, seconds, figures of all episodes."""
+    """What one call of :func:`multiview` did: episodes made now and before, frames, seconds, figures of all episodes, and
+    what the trial of the generator on hidden pixels said (see `dataengine.probe`; None without a generator)."""
 
     made: int
     before: int
     frames: int
     seconds: float
     figures: tuple[dict[str, Any], ...]
+    probe: dict[str, Any] | None = None
 
 
 def multiply(
-    views: Views, cameras: Cameras, generator: Generator | None, settings: Flywheel | None = None
+    views: Views,
+    cameras: Cameras,
+    generator: Generator | None,
+    settings: Flywheel | None = None,
+    *,
+    last_word: bool = True,
 ) -> Multiplied:
     """What `cameras`, fixed or of as many frames, see of the scene that `views` show.
 
-    Without a generator the pictures are renders of a scene fitted to `views`. With one the flywheel turns, and the
-    generator has the last word. Depth is that of the scene, in holes as around them, and there where `views` have some;
-    ids of bodies, where the scene moves by them.
+    Without a generator the pictures are renders of a scene fitted to `views`. With one the flywheel turns, and with
+    `last_word` it repairs the renders once more in the end. Depth is that of the scene, in holes as around them, and there
+    where `views` have some; ids of bodies, where the scene moves by them.
     """
     began, settings = time.perf_counter(), settings or Flywheel()
     if generator is None:
@@ -125,7 +133,7 @@ def multiply(
         "rounds": len(kept) - 1,
     }
     repaired = any(record.get("changed", 0.0) > 0 for record in kept)
-    made = finish(turned.scene, views, cameras, generator, repaired=repaired)
+    made = finish(turned.scene, views, cameras, generator if last_word else None, repaired=repaired)
     return Multiplied(views=made, figures=figures | {"seconds": time.perf_counter() - began})
 
 
@@ -178,14 +186,23 @@ class Window:
 
 
 def multiply_window(
-    window: Window, *, reading: Reading, generator: Generator | None, settings: Flywheel
+    window: Window,
+    *,
+    reading: Reading,
+    generator: Generator | None,
+    settings: Flywheel,
+    last_word: bool = True,
 ) -> Multiplied:
     """:func:`multiply` for frames on disk, which are checked first. Raises ValueError that names the episode."""
+    return multiply(_load(window, reading), window.cameras, generator, settings, last_word=last_word)
+
+
+def _load(window: Window, reading: Reading) -> Views:
     dataset = EpisodeDataset(window.root)
     views = reading.views(dataset.episode(window.episode, window.start, window.stop, views=reading.names))
     if window.start == 0:
         check(views, f"{window.root}: episode {window.episode}")
-    return multiply(views, window.cameras, generator, settings)
+    return views
 
 
 def multiview(
@@ -201,18 +218,21 @@ def multiview(
     """Write the dataset with more views into `out`; called again with the same arguments, it goes on after the last
     episode that is finished there.
 
+    Where a generator repairs, it is first tried on the first window with pixels hidden (:func:`dataengine.probe.probe`):
+    every scene is then turned as often as served the hidden pixels best, at most `settings.flywheel.rounds` times.
+
     Args:
         dataset: of at least two views with poses.
         out: another folder. `meta/multiview.json` in it keeps the settings and the figures of every episode.
         settings: see :class:`Multiview`.
-        generator: what repairs renders, None for renders as they are; it is known by its `name` alone.
+        generator: what repairs renders, None for renders as they are; it is known by its `name` and its weights.
         episodes: which ones, in this order; None for all.
         progress: show a bar on a terminal.
         run: applies a function to windows and gives the results in order: `map`, or something that spreads them over
             processes.
 
     Raises:
-        ValueError: views that nothing can be made from, settings other than those in `out`.
+        ValueError: views that nothing can be made from, settings or a source other than those in `out`.
         DatasetError: damage in the source. DatasetWriteError, OSError: a full disk. Finished episodes stay in every case.
     """
     settings, out, began = settings or Multiview(), Path(out), time.perf_counter()
@@ -223,13 +243,16 @@ def multiview(
     chosen = choose_episodes(dataset, episodes)
     reading, _ = read_as(dataset, settings, chosen[0])
     settings.new_cameras(reading.cameras(dataset, chosen[0]))
-    made = MadeDataset(out, dataset, settings, None if generator is None else generator.name)
+    made = MadeDataset(out, dataset, reading, settings, generator)
     arguments = writer_arguments(dataset, reading, settings, chosen[0])
     with EpisodeWriter(out, **arguments) as writer:
         before = made.check_finished(chosen)
         made.write()
         todo = chosen[before:]
-        work = partial(multiply_window, reading=reading, generator=generator, settings=settings.flywheel)
+        wheel, last_word = _tried(made, dataset, reading, settings, generator, chosen[0])
+        work = partial(
+            multiply_window, reading=reading, generator=generator, settings=wheel, last_word=last_word
+        )
         jobs, ahead = itertools.tee(_windows(dataset, reading, settings, todo))
         total = sum(dataset.lengths[index] for index in todo)
         with tqdm(total=total, unit="frame", desc="multiview", disable=None if progress else True) as bar:
@@ -238,8 +261,23 @@ def multiview(
                 bar.update(job.stop - job.start)
     return Report(
         made=len(todo), before=before, frames=total, seconds=time.perf_counter() - began,
-        figures=tuple(made.figures),
+        figures=tuple(made.figures), probe=made.probe,
     )  # fmt: skip
+
+
+def _tried(
+    made: MadeDataset, dataset: EpisodeDataset, reading: Reading, settings: Multiview, generator: Generator | None,
+    episode: int,
+) -> tuple[Flywheel, bool]:  # fmt: skip
+    """The wheel with as many rounds as a trial on the first window found best, and whether the generator speaks last."""
+    wheel = settings.flywheel
+    if generator is None or not wheel.rounds:
+        return wheel, True
+    if made.probe is None:
+        window = next(_windows(dataset, reading, settings, [episode]))
+        made.probe = probe(_load(window, reading), window.cameras, generator, wheel).as_dict()
+        made.write()
+    return replace(wheel, rounds=made.probe["rounds"]), made.probe["last_word"]
 
 
 def choose_episodes(dataset: EpisodeDataset, episodes: Sequence[int] | None) -> tuple[int, ...]:

@@ -116,20 +116,29 @@ def _start(
 def measure(scene: Scene, views: Views, moving: Tensor | None = None) -> dict[str, float]:
     """How well `scene` shows what `views` saw: means over frames and views.
 
-    psnr, ssim; moving_psnr over the pixels `moving` ``[T, V, H, W]`` of all frames together; cover, the mean alpha;
-    depth_cm, the median error of depth in centimetres where the views have depth.
+    psnr (where the views have confidence, over the pixels together that have any), ssim; moving_psnr over the pixels
+    `moving` ``[T, V, H, W]`` of all frames together; cover, the mean alpha; depth_cm, the median error of depth in
+    centimetres where the views have depth.
     """
     pictures, depths, alphas = render_all(scene, views)
     ours, true = pictures.movedim(-1, 2), views.images.movedim(-1, 2)
-    found = {"psnr": float(psnr(ours, true).mean()), "ssim": float(ssim(ours, true).mean())}
+    error = (ours - true).square().mean(2).double()
+    counted = None if views.confidence is None else views.confidence > 0
+    found = {
+        "psnr": float(psnr(ours, true).mean()) if counted is None else _decibels(error[counted]),
+        "ssim": float(ssim(ours, true).mean()),
+    }
     if moving is not None and moving.any():
-        error = (ours - true).square().mean(2)[moving].double().mean()
-        found["moving_psnr"] = float(-10 * error.log10())
+        found["moving_psnr"] = _decibels(error[moving])
     found["cover"] = float(alphas.mean())
     if views.depth is not None:
         known = views.depth > 0
         found["depth_cm"] = 100 * float((depths - views.depth).abs()[known].median())
     return found
+
+
+def _decibels(errors: Tensor) -> float:
+    return float(-10 * errors.mean().log10())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dataengine.captures import read_colmap, read_transforms, repair, write_colmap, write_transforms
+from dataengine.digests import digest_views
 from dataengine.episodes import Episode, EpisodeDataset, EpisodeWriter
 from dataengine.errors import closest
 from dataengine.export import GaussianFilm, export, write_ply
@@ -208,6 +209,7 @@ def _bound(views: Views, settings: Reconstruction, source: str) -> dict[str, Any
         "views": list(views.names),
         "frames": len(views),
         "size": [views.cameras.width, views.cameras.height],
+        "content": digest_views(views),
     }
     return json.loads(json.dumps({"source": source, **seen, "settings": plan}))
 

@@ -179,6 +179,14 @@ def mean_cover(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: sum(row[name] for row in known) / len(known) for name in (known[0] if known else ())}
 
 
+def describe_trial(probe: Mapping[str, Any]) -> str:
+    """What the generator was worth on pixels of the first scene that were hidden from the fit."""
+    shown = " -> ".join(f"{value:.1f}" for value in probe["hidden_psnr"])
+    rounds, psnr = count(probe["rounds"], "round"), probe["repaired_psnr"]
+    last = f"its last repair gives {psnr:.1f} dB" if probe["last_word"] else "its last repair is left out"
+    return f"pixels hidden for a trial are shown with {shown} dB round by round, so {rounds} each; {last}"
+
+
 def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:
     """What was made, how good it is, how many of `rounds` were kept, and which views show much that nobody has seen."""
     if not report.made:
@@ -195,6 +203,8 @@ def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:
         f"show {sum(cover.values()) / len(cover):.0%} of the new views' pixels" if cover else "have no depth"
     )
     lines.append(f"the scene gives the observed views back with {psnr:.1f} dB; they {seen}")
+    if report.probe is not None:
+        lines.append(describe_trial(report.probe))
     if rounds:
         kept = sum(row["rounds"] for row in figures) / len(figures)
         lines.append(

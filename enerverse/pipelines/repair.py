@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataengine.cameras import Cameras
+from dataengine.digests import digest, digest_generator, digest_weights
 from dataengine.generators import ConstantFill, Generator, Renders, Repaired
 from dataengine.views import Views, join_cameras
 from enerverse.diffusion import denoise, draw_noise, make_objective, scheduler_times
@@ -53,6 +54,13 @@ class WorldRepairer:
             )
         self.pipeline, self.first = pipeline, first or ConstantFill()
         self.strength, self.steps, self.seed = strength, steps, seed
+
+    @property
+    def digest(self) -> str:
+        """Tells this one from others of the same name."""
+        first = (self.first.name, digest_generator(self.first))
+        weights = [digest_weights(part) for part in (self.pipeline.unet, self.pipeline.autoencoder)]
+        return digest(*first, *weights, self.strength, self.steps, self.seed)
 
     @torch.no_grad()
     def repair(self, renders: Renders, references: Views, anchors: Views | None) -> Repaired:

@@ -26,6 +26,16 @@ SETTINGS = Multiview(views=4, flywheel=QUICK, window=3)
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
+class Brighter(Identity):
+    """Changes every picture a little."""
+
+    name = "brighter"
+
+    def repair(self, renders, references, anchors):
+        repaired = super().repair(renders, references, anchors)
+        return dataclasses.replace(repaired, images=(repaired.images + 0.01).clamp(0, 1))
+
+
 @pytest.fixture(scope="module")
 def pair():
     return capture(ring(6).select(["ring_0", "ring_1"]))
@@ -89,7 +99,7 @@ def test_provenance_says_where_each_picture_comes_from(source, made, tmp_path):
     assert {view: set(codes.tolist()) for view, codes in told.items()} == {
         "ring_0": {0}, "ring_1": {0}, "view_00": {1}, "view_01": {1}
     }  # fmt: skip
-    report = multiview(source, tmp_path / "fill", SETTINGS, ConstantFill(), episodes=[1], progress=False)
+    report = multiview(source, tmp_path / "fill", SETTINGS, Brighter(), episodes=[1], progress=False)
     filled = EpisodeDataset(tmp_path / "fill").episode(0)
     assert set(filled.provenance["view_00"].tolist()) == {2}
     assert set(filled.provenance["ring_0"].tolist()) == {0}

@@ -174,6 +174,11 @@ def test_doubtful_results_are_told():
     assert "15.0 dB; they show 65% of the new views' pixels" in lines[1]
     assert "below 20 dB the new views are doubtful" in lines[2]
     assert lines[3].startswith("seen less than 80%: view_01 (40%); observe more views")
+    trial = {"rounds": 1, "last_word": True, "hidden_psnr": [20.0, 24.04, 23.0], "repaired_psnr": 24.5}
+    assert describe(dataclasses.replace(report, probe=trial), "out", 2)[2] == (
+        "pixels hidden for a trial are shown with 20.0 -> 24.0 -> 23.0 dB round by round, so 1 round each; its last "
+        "repair gives 24.5 dB"
+    )
     colour = dataclasses.replace(report, figures=({"input_psnr": 25.0, "cover": None, "rounds": 2},))
     assert describe(colour, "out")[1:] == [
         "the scene gives the observed views back with 25.0 dB; they have no depth"

@@ -1,0 +1,71 @@
+"""Digests of what a result is made from, so that a folder is never gone on with from other data."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dataengine.cameras import Cameras
+    from dataengine.episodes import EpisodeDataset
+    from dataengine.generators import Generator
+    from dataengine.views import Views
+
+DIGITS = 16
+
+
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits for tensors, arrays, bytes and whatever prints alike when it is alike."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype} {part.shape}".encode())
+            found.update(np.ascontiguousarray(part).data)
+        else:
+            found.update(part if isinstance(part, bytes) else repr(part).encode())
+        found.update(b"|")
+    return found.hexdigest()[:DIGITS]
+
+
+def digest_cameras(cameras: Cameras) -> str:
+    """Of names, sizes, intrinsics and poses."""
+    return digest(cameras.names, cameras.width, cameras.height, cameras.intrinsics, cameras.camera_to_world)
+
+
+def digest_views(views: Views) -> str:
+    """Of everything that a fit sees."""
+    poses = None if views.bodies is None else views.bodies.poses
+    tensors = (views.images, views.depth, views.body_ids, views.confidence)
+    return digest(digest_cameras(views.cameras), poses, *tensors)
+
+
+def digest_episode(dataset: EpisodeDataset, index: int, cameras: Cameras) -> str:
+    """Of the numbers in every frame of an episode, the sums over its videos where the writer kept them, and `cameras`, as
+    they are read. No picture is decoded."""
+    meta = dataset.meta(index)
+    rows = dataset.rows(meta)
+    plain = pa.Table.from_pydict(rows.to_pydict(), schema=rows.schema.remove_metadata())
+    stream = io.BytesIO()
+    with pyarrow.ipc.new_stream(stream, plain.schema) as writer:
+        writer.write_table(plain)
+    return digest(meta.length, sorted(meta.checksums.items()), digest_cameras(cameras), stream.getvalue())
+
+
+def digest_generator(generator: Generator | None) -> str | None:
+    """Of the weights of a generator that is a network, or what it says of itself by an attribute `digest`; else None."""
+    if isinstance(generator, nn.Module):
+        return digest_weights(generator)
+    return getattr(generator, "digest", None)
+
+
+def digest_weights(module: nn.Module) -> str:
+    """Of all parameters and buffers of a network."""
+    return digest(*(part for item in sorted(module.state_dict().items()) for part in item))
