@@ -97,9 +97,18 @@ def normals(points: Tensor, among: Tensor, count: int = 9) -> Tensor:
     `among`; zero where there are fewer."""
     if len(among) < count:
         return torch.zeros_like(points)
-    near = torch.cat([torch.cdist(p, among).topk(count, largest=False).indices for p in points.split(1024)])
+    near, _ = nearest(points, among, count)
     around = among[near] - among[near].mean(1, keepdim=True)
     return torch.linalg.eigh(around.mT @ around).eigenvectors[..., 0]
+
+
+def nearest(points: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Indices of and distances to the nearest of `among` ``[m, d]`` for each of `points` ``[n, d]``: ``[n]``, or
+    ``[n, count]``, nearest first, for a `count` above 1. Memory grows with n + m."""
+    from scipy.spatial import KDTree
+
+    gap, index = KDTree(among.numpy()).query(points.numpy(), count)
+    return torch.from_numpy(np.asarray(index)).long(), torch.from_numpy(np.asarray(gap)).to(points.dtype)
 
 
 def from_depth(
