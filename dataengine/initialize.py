@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dataengine.cameras import Cameras
 from dataengine.gaussians import LOOSE, STATIC, Gaussians
 from dataengine.views import Views
 
@@ -32,7 +33,7 @@ def moving_pixels(views: Views) -> Tensor:
     """
     if len(views) < 2:
         return torch.zeros(views.images.shape[:-1], dtype=torch.bool)
-    if views.depth is None or not _still(views):
+    if views.depth is None or not still(views.cameras):
         return _differ_from_median(views)
     far = views.depth.amax(0)
     behind = views.depth > far - slack(far)
@@ -43,8 +44,8 @@ def moving_pixels(views: Views) -> Tensor:
     return (views.depth > 0) & (~behind | other | through)
 
 
-def _still(views: Views) -> bool:
-    cameras = views.cameras
+def still(cameras: Cameras) -> bool:
+    """Whether none of the cameras moves or zooms."""
     arrays = (cameras.camera_to_world, cameras.intrinsics)
     return cameras.frames is None or all(np.allclose(array, array[:1], atol=1e-5) for array in arrays)
 
