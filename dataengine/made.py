@@ -12,10 +12,11 @@ import numpy as np
 
 from dataengine import rotations
 from dataengine.episodes import Bodies, Episode, EpisodeDataset, EpisodeWriter
+from dataengine.jsontext import through_json
 from dataengine.lerobot import metadata
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.sources import Reading
-from dataengine.storage import atomic_write, read_json
+from dataengine.storage import read_json, write_json
 from dataengine.views import Views
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class MadeDataset:
 
     def __init__(self, root: Path, source: EpisodeDataset, settings: Multiview, generator: str | None):
         self.path, self.root, self.source = root / RECORD, root, source
-        self.bound = json.loads(json.dumps(describe(source, settings, generator)))
+        self.bound = through_json(describe(source, settings, generator))
         self.figures: list[dict[str, Any]] = []
         if not any((root / "meta" / "episodes").glob("*/*.parquet")):
             return
@@ -155,9 +156,7 @@ class MadeDataset:
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        with atomic_write(self.path) as temporary:
-            text = json.dumps({**self.bound, "episodes": self.figures}, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(self.path, {**self.bound, "episodes": self.figures})
 
 
 def _mixed(old: Any, new: Any, share: float, *, add: bool) -> Any:

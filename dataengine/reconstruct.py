@@ -12,7 +12,7 @@ from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
 from dataengine.motion import MODELS, make_motion
-from dataengine.quality import psnr, ssim
+from dataengine.quality import decibels, ssim
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath
 from dataengine.tracking import track_bodies
@@ -114,15 +114,17 @@ def _start(
 def measure(scene: Scene, views: Views, moving: Tensor | None = None) -> dict[str, float]:
     """How well `scene` shows what `views` saw: means over frames and views.
 
-    psnr, ssim; moving_psnr over the pixels `moving` ``[T, V, H, W]`` of all frames together; cover, the mean alpha;
-    depth_cm, the median error of depth in centimetres where the views have depth.
+    psnr (at most 100 dB), ssim; moving_psnr over the pixels `moving` ``[T, V, H, W]`` of all frames together; cover, the
+    mean alpha; depth_cm, the median error of depth in centimetres where the views have depth.
     """
     pictures, depths, alphas = render_all(scene, views)
     ours, true = pictures.movedim(-1, 2), views.images.movedim(-1, 2)
-    found = {"psnr": float(psnr(ours, true).mean()), "ssim": float(ssim(ours, true).mean())}
+    found = {
+        "psnr": decibels((ours - true).square().double().mean((-3, -2, -1))),
+        "ssim": float(ssim(ours, true).mean()),
+    }
     if moving is not None and moving.any():
-        error = (ours - true).square().mean(2)[moving].double().mean()
-        found["moving_psnr"] = float(-10 * error.log10())
+        found["moving_psnr"] = decibels((ours - true).square().mean(2)[moving].double().mean())
     found["cover"] = float(alphas.mean())
     if views.depth is not None:
         known = views.depth > 0
