@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
-from dataengine.motion import MODELS, make_motion
+from dataengine.motion import check_model, make_motion
 from dataengine.quality import decibels, ssim
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath
@@ -24,12 +25,12 @@ MOST = 0.5  # and above which no body can be told from the rest
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How to reconstruct.
+    """How to reconstruct. Raises ValueError for an unknown motion, spacing that is not above 0, and another degree.
 
     Attributes:
         motion: `auto` (see `choose_motion`) or one of :data:`dataengine.motion.MODELS`.
         spacing: side of a cell in pixels, of which every one that depth shows starts a Gaussian.
-        degree: of the spherical harmonics of the colour.
+        degree: of the spherical harmonics of the colour, 0 to 3.
         complete: guess what no camera saw: planes go on (`dataengine.completion`), behind them is the usual colour.
         learn_poses: correct the poses that `rigid` is given; those that `bodies` finds always are.
         fit: the optimisation.
@@ -41,6 +42,17 @@ class Reconstruction:
     complete: bool = True
     learn_poses: bool = False
     fit: Fit = field(default_factory=Fit)
+
+    def __post_init__(self) -> None:
+        check_model(self.motion, "auto")
+        if not 0 < self.spacing < math.inf:
+            raise ValueError(
+                f"spacing: expected pixels above 0, got {self.spacing}; 1.5 starts a Gaussian every 1.5 pixels"
+            )
+        if self.degree not in range(4):
+            raise ValueError(
+                f"degree: expected 0, 1, 2 or 3, got {self.degree!r}; 0 is the same colour from everywhere"
+            )
 
 
 def choose_motion(views: Views) -> str:
@@ -97,8 +109,6 @@ def begin(views: Views, settings: Reconstruction) -> Scene:
 def _start(
     views: Views, name: str, labels: Tensor | None, poses: Tensor | None, settings: Reconstruction
 ) -> Start:
-    if name not in MODELS:  # the sentence with the closest name
-        make_motion(name, from_frusta(views, 1).gaussians, 1)
     if views.depth is None:
         return from_frusta(views)
     if name in ("rigid", "bodies"):
