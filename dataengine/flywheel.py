@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -25,9 +24,10 @@ from dataengine.fit import Fit, fit
 from dataengine.generators import ConstantFill, Generator, Identity, Oracle, Renders, Repaired
 from dataengine.growth import grown
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
+from dataengine.quality import decibels
 from dataengine.reconstruct import Reconstruction, measure, reconstruct, render_all
 from dataengine.scene import Scene
-from dataengine.storage import AnyPath, atomic_write
+from dataengine.storage import AnyPath, write_json
 from dataengine.views import Views
 
 CHANGED = 1.5 / 255
@@ -208,10 +208,7 @@ def judge(renders: Renders, repaired: Repaired, anchors: Views | None) -> dict[s
     if anchors is None:
         return {}
     before, after = ((x - anchors.images).square().mean() for x in (renders.images, repaired.images))
-    return {
-        "anchor_psnr_before": float(-10 * before.log10()),
-        "anchor_psnr_after": float(-10 * after.log10()),
-    }
+    return {"anchor_psnr_before": decibels(before), "anchor_psnr_after": decibels(after)}
 
 
 def changed(before: Tensor, after: Tensor) -> float:
@@ -283,8 +280,4 @@ def carry(
 
 def write_log(path: AnyPath, logs: Mapping[str, list[dict[str, Any]]], settings: Flywheel) -> Path:
     """Write logs and settings as JSON."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps({"settings": asdict(settings), "logs": logs}, indent=1), encoding="utf-8"
-        )
-    return Path(path)
+    return write_json(path, {"settings": asdict(settings), "logs": logs})

@@ -34,7 +34,7 @@ def moving_pixels(views: Views) -> Tensor:
     """
     if len(views) < 2:
         return torch.zeros(views.images.shape[:-1], dtype=torch.bool)
-    if views.depth is None or not _still(views):
+    if views.depth is None or not still(views.cameras):
         return _differ_from_median(views)
     far = views.depth.amax(0)
     behind = views.depth > far - slack(far)
@@ -45,8 +45,8 @@ def moving_pixels(views: Views) -> Tensor:
     return (views.depth > 0) & (~behind | other | through)
 
 
-def _still(views: Views) -> bool:
-    cameras = views.cameras
+def still(cameras: Cameras) -> bool:
+    """Whether none of the cameras moves or zooms."""
     arrays = (cameras.camera_to_world, cameras.intrinsics)
     return cameras.frames is None or all(np.allclose(array, array[:1], atol=1e-5) for array in arrays)
 
@@ -99,9 +99,18 @@ def normals(points: Tensor, among: Tensor, count: int = 9) -> Tensor:
     `among`; zero where there are fewer."""
     if len(among) < count:
         return torch.zeros_like(points)
-    near = torch.cat([torch.cdist(p, among).topk(count, largest=False).indices for p in points.split(1024)])
+    near, _ = nearest(points, among, count)
     around = among[near] - among[near].mean(1, keepdim=True)
     return torch.linalg.eigh(around.mT @ around).eigenvectors[..., 0]
+
+
+def nearest(points: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Indices of and distances to the nearest of `among` ``[m, d]`` for each of `points` ``[n, d]``: ``[n]``, or
+    ``[n, count]``, nearest first, for a `count` above 1. Memory grows with n + m."""
+    from scipy.spatial import KDTree
+
+    gap, index = KDTree(among.numpy()).query(points.numpy(), count)
+    return torch.from_numpy(np.asarray(index)).long(), torch.from_numpy(np.asarray(gap)).to(points.dtype)
 
 
 def from_depth(

@@ -13,10 +13,11 @@ import numpy as np
 from dataengine import rotations
 from dataengine.digests import digest_episode, digest_generator
 from dataengine.episodes import Bodies, Episode, EpisodeDataset, EpisodeWriter
+from dataengine.jsontext import through_json
 from dataengine.lerobot import metadata
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.sources import Reading
-from dataengine.storage import atomic_write, read_json
+from dataengine.storage import read_json, write_json
 from dataengine.views import Views
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class MadeDataset:
         self, root: Path, source: EpisodeDataset, reading: Reading, settings: Multiview, generator: Generator | None
     ):  # fmt: skip
         self.path, self.root, self.source, self.reading = root / RECORD, root, source, reading
-        self.bound = json.loads(json.dumps(describe(source, settings, generator)))
+        self.bound = through_json(describe(source, settings, generator))
         self.probe: dict[str, Any] | None = None
         self.figures: list[dict[str, Any]] = []
         if not any((root / "meta" / "episodes").glob("*/*.parquet")):
@@ -170,9 +171,7 @@ class MadeDataset:
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        with atomic_write(self.path) as temporary:
-            text = json.dumps({**self.bound, "probe": self.probe, "episodes": self.figures}, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(self.path, {**self.bound, "probe": self.probe, "episodes": self.figures})
 
 
 def _mixed(old: Any, new: Any, share: float, *, add: bool) -> Any:

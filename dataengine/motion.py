@@ -357,6 +357,13 @@ def _box(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
     return loose.amin(0).detach(), loose.amax(0).detach()
 
 
+def check_model(name: str, *more: str) -> None:
+    """Raise ValueError, which names the closest, unless `name` is one of :data:`MODELS` or `more`."""
+    known = (*more, *MODELS)
+    if name not in known:
+        raise ValueError(f"motion: expected one of {', '.join(known)}, got {name!r}; {closest(name, known)}")
+
+
 def make_motion(
     name: str, gaussians: Gaussians, frames: int, poses: Tensor | None = None, *, learn: bool = False
 ) -> Motion:
@@ -365,10 +372,7 @@ def make_motion(
 
     Raises ValueError for an unknown name (the closest is given) and for a rigid model without poses.
     """
-    if name not in MODELS:
-        raise ValueError(
-            f"motion: expected one of {', '.join(MODELS)}, got {name!r}; {closest(name, MODELS)}"
-        )
+    check_model(name)
     if name in GENERIC:
         return GENERIC[name](gaussians, frames)
     if poses is None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataengine.cameras import Cameras
-from dataengine.captures.geometry import focus
+from dataengine.captures.geometry import focus, sees
 
 Array = NDArray[np.float64]
 MARGIN = 30.0  # degrees of azimuth beyond the outermost cameras: further round, nobody has seen the scene
@@ -32,7 +32,8 @@ def place_cameras(cameras: Cameras, count: int, *, margin: float = MARGIN) -> Ca
     direction. All look at the meeting point of the optical axes and hold the world's vertical upright.
 
     Args:
-        cameras: V cameras, fixed or of T frames; where at least two stand still, those that move are passed over.
+        cameras: V cameras, fixed or of T frames. Where any stand still, those that move are passed over; but with one that
+            does, they tell how far along its axis the place lies that all look at.
         count: how many.
         margin: degrees.
 
@@ -40,16 +41,27 @@ def place_cameras(cameras: Cameras, count: int, *, margin: float = MARGIN) -> Ca
         fixed cameras ``view_00``, ``view_01``, ... (numbers that are taken are passed over).
 
     Raises:
-        ValueError: a count below 1, cameras whose axes do not meet.
+        ValueError: a count below 1, cameras whose axes do not meet, or meet where the only one that stands still does not
+            look.
     """
     if count < 1:
         raise ValueError(f"count: expected at least 1 new camera, got {count}")
-    poses, intrinsics = still_poses(cameras)
-    centre = focus(poses)
+    every = over_time(cameras)
+    still = find_still(*every)
+    poses, intrinsics = (a[0, still] if still.any() else a.reshape(-1, *a.shape[2:]) for a in every)
+    centre = focus(poses if still.sum() > 1 else every[0].reshape(-1, 4, 4))
     if centre is None:
         raise ValueError(
             f"cameras: expected at least two that look at one place from different directions, got {list(cameras.names)} "
             "whose axes are parallel or which stand in one place; name the new cameras yourself"
+        )
+    if (
+        still.sum() == 1
+        and not sees(poses[0], intrinsics[0], (cameras.width, cameras.height), centre[None])[0]
+    ):
+        raise ValueError(
+            f"cameras: expected those that move to look where {cameras.names[still.argmax()]!r} looks, got axes that meet "
+            "outside its picture; name the new cameras yourself"
         )
     up = find_up(poses)
     azimuths, elevations, distances = on_dome(poses, centre, up)
@@ -65,17 +77,17 @@ def place_cameras(cameras: Cameras, count: int, *, margin: float = MARGIN) -> Ca
     return Cameras(names, intrinsics[nearest], np.stack(placed), cameras.width, cameras.height)
 
 
-def still_poses(cameras: Cameras) -> tuple[Array, Array]:
-    """Poses ``[N, 4, 4]`` and intrinsics ``[N, 3, 3]`` of the cameras that stand still, where those are two or more; else
-    of all cameras at all frames."""
+def over_time(cameras: Cameras) -> tuple[Array, Array]:
+    """Poses ``[T, V, 4, 4]`` and intrinsics ``[T, V, 3, 3]``; T is 1 for fixed cameras."""
     frames = cameras.frames or 1
-    poses, intrinsics = (
-        np.broadcast_to(a, (frames, *a.shape[-3:])) for a in (cameras.camera_to_world, cameras.intrinsics)
-    )
-    still = (np.ptp(poses, axis=0) < STILL).all((-1, -2)) & (np.ptp(intrinsics, axis=0) < STILL).all((-1, -2))
-    if still.sum() >= 2:
-        return poses[0, still], intrinsics[0, still]
-    return poses.reshape(-1, 4, 4), intrinsics.reshape(-1, 3, 3)
+    arrays = (cameras.camera_to_world, cameras.intrinsics)
+    poses, intrinsics = (np.broadcast_to(a, (frames, *a.shape[-3:])) for a in arrays)
+    return poses, intrinsics
+
+
+def find_still(poses: Array, intrinsics: Array) -> NDArray[np.bool_]:
+    """Which of V cameras stand still over T frames, ``[V]``."""
+    return (np.ptp(poses, axis=0) < STILL).all((-1, -2)) & (np.ptp(intrinsics, axis=0) < STILL).all((-1, -2))
 
 
 def find_up(poses: Array) -> Array:

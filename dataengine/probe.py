@@ -12,6 +12,7 @@ from torch import Tensor
 from dataengine.cameras import Cameras
 from dataengine.flywheel import Flywheel, flywheel, look
 from dataengine.generators import Generator
+from dataengine.quality import decibels
 from dataengine.views import Views
 
 BLOCKS = 8  # of a picture's side
@@ -83,7 +84,7 @@ def hide(views: Views, mask: Tensor) -> Views:
 
 def masked_psnr(ours: Tensor, true: Tensor, mask: Tensor) -> float:
     """dB over the pixels of `mask` of all pictures ``[T, V, H, W, 3]`` together."""
-    return float(-10 * (ours - true)[mask].double().square().mean().log10())
+    return decibels((ours - true)[mask].double().square().mean())
 
 
 __all__ = ["Probe", "hidden_blocks", "hide", "masked_psnr", "probe"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
-from dataengine.motion import MODELS, make_motion
-from dataengine.quality import psnr, ssim
+from dataengine.motion import check_model, make_motion
+from dataengine.quality import decibels, ssim
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath
 from dataengine.tracking import track_bodies
@@ -24,12 +25,12 @@ MOST = 0.5  # and above which no body can be told from the rest
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How to reconstruct.
+    """How to reconstruct. Raises ValueError for an unknown motion, spacing that is not above 0, and another degree.
 
     Attributes:
         motion: `auto` (see `choose_motion`) or one of :data:`dataengine.motion.MODELS`.
         spacing: side of a cell in pixels, of which every one that depth shows starts a Gaussian.
-        degree: of the spherical harmonics of the colour.
+        degree: of the spherical harmonics of the colour, 0 to 3.
         complete: guess what no camera saw: planes go on (`dataengine.completion`), behind them is the usual colour.
         learn_poses: correct the poses that `rigid` is given; those that `bodies` finds always are.
         fit: the optimisation.
@@ -41,6 +42,17 @@ class Reconstruction:
     complete: bool = True
     learn_poses: bool = False
     fit: Fit = field(default_factory=Fit)
+
+    def __post_init__(self) -> None:
+        check_model(self.motion, "auto")
+        if not 0 < self.spacing < math.inf:
+            raise ValueError(
+                f"spacing: expected pixels above 0, got {self.spacing}; 1.5 starts a Gaussian every 1.5 pixels"
+            )
+        if self.degree not in range(4):
+            raise ValueError(
+                f"degree: expected 0, 1, 2 or 3, got {self.degree!r}; 0 is the same colour from everywhere"
+            )
 
 
 def choose_motion(views: Views) -> str:
@@ -97,8 +109,6 @@ def begin(views: Views, settings: Reconstruction) -> Scene:
 def _start(
     views: Views, name: str, labels: Tensor | None, poses: Tensor | None, settings: Reconstruction
 ) -> Start:
-    if name not in MODELS:  # the sentence with the closest name
-        make_motion(name, from_frusta(views, 1).gaussians, 1)
     frames = "born" if name == "polynomial" else "first"
     if views.depth is None:
         if name == "rigid":
@@ -116,29 +126,22 @@ def _start(
 def measure(scene: Scene, views: Views, moving: Tensor | None = None) -> dict[str, float]:
     """How well `scene` shows what `views` saw: means over frames and views.
 
-    psnr (where the views have confidence, over the pixels together that have any), ssim; moving_psnr over the pixels
-    `moving` ``[T, V, H, W]`` of all frames together; cover, the mean alpha; depth_cm, the median error of depth in
-    centimetres where the views have depth.
+    psnr (at most 100 dB; where the views have confidence, over the pixels together that have any), ssim; moving_psnr over
+    the pixels `moving` ``[T, V, H, W]`` of all frames together; cover, the mean alpha; depth_cm, the median error of depth
+    in centimetres where the views have depth.
     """
     pictures, depths, alphas = render_all(scene, views)
     ours, true = pictures.movedim(-1, 2), views.images.movedim(-1, 2)
     error = (ours - true).square().mean(2).double()
-    counted = None if views.confidence is None else views.confidence > 0
-    found = {
-        "psnr": float(psnr(ours, true).mean()) if counted is None else _decibels(error[counted]),
-        "ssim": float(ssim(ours, true).mean()),
-    }
+    apart = error.mean((-2, -1)) if views.confidence is None else error[views.confidence > 0].mean()
+    found = {"psnr": decibels(apart), "ssim": float(ssim(ours, true).mean())}
     if moving is not None and moving.any():
-        found["moving_psnr"] = _decibels(error[moving])
+        found["moving_psnr"] = decibels(error[moving].mean())
     found["cover"] = float(alphas.mean())
     if views.depth is not None:
         known = views.depth > 0
         found["depth_cm"] = 100 * float((depths - views.depth).abs()[known].median())
     return found
-
-
-def _decibels(errors: Tensor) -> float:
-    return float(-10 * errors.mean().log10())
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ A part is one scene: a capture, or an episode of a dataset, or as many of its fr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from dataengine.digests import digest_views
 from dataengine.episodes import Episode, EpisodeDataset, EpisodeWriter
 from dataengine.errors import closest
 from dataengine.export import GaussianFilm, export, write_ply
+from dataengine.jsontext import through_json
 from dataengine.made import add_window
 from dataengine.multiview import choose_episodes, finish
 from dataengine.placement import place_cameras
 from dataengine.reconstruct import Reconstruction, measure, reconstruct
 from dataengine.scene import Scene
 from dataengine.sources import MOMENTS, check, open_reading, source_kind, windows
-from dataengine.storage import AnyPath, atomic_write, read_json
+from dataengine.storage import AnyPath, read_json, write_json
 from dataengine.views import Views
 
 FORMATS = ("page", "ply", "film", "splat", "transforms", "colmap", "lerobot")
@@ -211,7 +211,7 @@ def _bound(views: Views, settings: Reconstruction, source: str) -> dict[str, Any
         "size": [views.cameras.width, views.cameras.height],
         "content": digest_views(views),
     }
-    return json.loads(json.dumps({"source": source, **seen, "settings": plan}))
+    return through_json({"source": source, **seen, "settings": plan})
 
 
 def _check_record(folder: Path, bound: dict[str, Any]) -> None:
@@ -227,8 +227,7 @@ def _check_record(folder: Path, bound: dict[str, Any]) -> None:
 
 
 def _write_record(folder: Path, values: dict[str, Any]) -> None:
-    with atomic_write(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, values)
 
 
 def _cloud(scene: Scene) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dataengine.errors import is_full
+from dataengine.jsontext import json_text
 
 __all__ = [
     "AnyPath",
@@ -30,6 +31,7 @@ __all__ = [
     "load_tensors",
     "read_json",
     "save_tensors",
+    "write_json",
 ]
 
 AnyPath = str | PathLike[str]
@@ -105,6 +107,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got broken text ({error}); remove the file") from None
+
+
+def write_json(path: AnyPath, value: Any) -> Path:
+    """Write a value as JSON, whole or not at all; null stands for numbers that are not finite.
+
+    Raises OSError when the disk is full.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(json_text(value, indent=1) + "\n", encoding="utf-8")
+    return Path(path)
 
 
 def _sync(path: Path) -> None:

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from dataengine import rotations
 from dataengine.gaussians import LOOSE, STATIC
-from dataengine.initialize import moving_pixels, normals
+from dataengine.initialize import moving_pixels, nearest, normals
 from dataengine.views import Views
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """How to track; lengths in metres.
+    """How to track; the unit of lengths is the median depth of what moves, whatever the size of a scene.
 
     Attributes:
         voxel: of the points of a frame.
         part: radius of a part.
+        most: parts at most; what needs more to be covered is cut into so many, which are larger than `part`.
         fewest: points of a part.
         color: a difference of colours of one channel by 1 counts like this distance.
         reach: points further apart than this, at the end and the beginning of the search, are not the same.
@@ -34,14 +35,15 @@ class Tracking:
         same: parts whose points one motion explains within this are one body.
     """
 
-    voxel: float = 0.015
-    part: float = 0.08
+    voxel: float = 0.018
+    part: float = 0.1
+    most: int = 128
     fewest: int = 12
-    color: float = 0.12
-    reach: tuple[float, float] = (0.02, 0.15)
+    color: float = 0.15
+    reach: tuple[float, float] = (0.025, 0.19)
     rounds: int = 16
     coupling: float = 2.0
-    same: float = 0.004
+    same: float = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,10 @@ class Tracks:
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """What moves at a frame: voxels with centres, colours and normals, and the voxel of every moving pixel."""
+    """What moves at a frame: voxels with centres, colours and normals, and the voxel of every moving pixel.
+
+    Centres are in units of the median depth, as are those of a model, until the poses are found.
+    """
 
     points: Tensor
     colors: Tensor
@@ -87,8 +92,12 @@ def track_bodies(views: Views, settings: Tracking | None = None) -> Tracks:
         raise ValueError("views: expected depth to find bodies in, got none; use polynomial")
     moving = moving_pixels(views)
     labels = torch.where(moving, LOOSE, STATIC)
+    moving &= views.depth > 0
     world = torch.from_numpy(np.asarray(views.cameras.unproject(views.depth.numpy()))).float()
-    frames = [_voxels(world[t][moving[t]], views.images[t][moving[t]], settings) for t in range(len(views))]
+    unit = views.depth[moving].median() if moving.any() else torch.ones(())
+    frames = [
+        _voxels(world[t][moving[t]] / unit, views.images[t][moving[t]], settings) for t in range(len(views))
+    ]
     if len(frames[0].points) < 8:
         return Tracks(labels=labels, poses=torch.eye(4).expand(len(views), 0, 4, 4))
     model = _parts(frames[0], settings)
@@ -103,7 +112,9 @@ def track_bodies(views: Views, settings: Tracking | None = None) -> Tracks:
     for t, frame in enumerate(frames):
         part = found[t][frame.voxel]
         labels[t][moving[t]] = torch.where(part >= 0, body[part.clamp_min(0)] + 1, LOOSE)
-    return Tracks(labels=labels, poses=_poses(model, motion, body))
+    poses = _poses(model, motion, body)
+    poses[..., :3, 3] *= unit
+    return Tracks(labels=labels, poses=poses)
 
 
 def _voxels(points: Tensor, colors: Tensor, settings: Tracking) -> _Frame:
@@ -117,38 +128,37 @@ def _features(points: Tensor, colors: Tensor, settings: Tracking) -> Tensor:
     return torch.cat([points, settings.color * colors], -1)
 
 
-def _nearest(these: Tensor, those: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of and distance to the nearest of `those` for each of `these`."""
-    found = [torch.cdist(part, those).min(-1) for part in these.split(2048)]
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
-
-
 def _parts(frame: _Frame, settings: Tracking) -> _Model:
     """Cut at points as far apart as can be, then two rounds of k-means."""
     features = _features(frame.points, frame.colors, settings)
     seeds, distance = features[:1], (features - features[0]).norm(dim=-1)
-    while float(distance.max()) > settings.part:
+    while len(seeds) < settings.most and float(distance.max()) > settings.part:
         seeds = torch.cat([seeds, features[distance.argmax()][None]])
         distance = torch.minimum(distance, (features - seeds[-1]).norm(dim=-1))
     for _ in range(2):
-        part, _ = _nearest(features, seeds)
+        part, _ = nearest(features, seeds)
         seeds = torch.stack(
             [features[part == k].mean(0) if (part == k).any() else seeds[k] for k in range(len(seeds))]
         )
-    sizes = torch.bincount(_nearest(features, seeds)[0], minlength=len(seeds))
+    sizes = torch.bincount(nearest(features, seeds)[0], minlength=len(seeds))
     seeds = seeds[sizes >= min(settings.fewest, int(sizes.max()))]
-    _, part = torch.unique(_nearest(features, seeds)[0], return_inverse=True)
+    _, part = torch.unique(nearest(features, seeds)[0], return_inverse=True)
     contacts = _contacts(frame.points, part, 2 * settings.voxel)
     return _Model(points=frame.points, colors=frame.colors, part=part, contacts=contacts)
 
 
 def _contacts(points: Tensor, part: Tensor, near: float) -> Tensor:
     """``[M, 3]``: a point, its part, and the part of the nearest point of another, where that is `near`."""
-    gap = torch.cdist(points, points)
-    gap[part[:, None] == part] = torch.inf
-    distance, other = gap.min(-1)
-    touching = (distance < near).nonzero().squeeze(-1)
-    return torch.stack([touching, part[touching], part[other[touching]]], -1)
+    from scipy.spatial import KDTree
+
+    pairs = torch.from_numpy(KDTree(points.numpy()).query_pairs(near, output_type="ndarray")).long()
+    pairs = torch.cat([pairs, pairs.flip(1)])
+    pairs = pairs[part[pairs[:, 0]] != part[pairs[:, 1]]]
+    gap = (points[pairs[:, 0]] - points[pairs[:, 1]]).norm(dim=-1)
+    pairs = pairs[gap.argsort()]
+    _, first = np.unique(pairs[:, 0].numpy(), return_index=True)  # of every point the nearest
+    point, other = pairs[torch.from_numpy(first)].unbind(-1)
+    return torch.stack([point, part[point], part[other]], -1)
 
 
 def _move(motion: Tensor, points: Tensor, part: Tensor) -> Tensor:
@@ -181,8 +191,8 @@ def _step(
     count = len(motion)
     at = _move(motion, model.points, model.part)
     ours = _features(at, model.colors, settings)
-    to, far = _nearest(ours, target)
-    back, gap = _nearest(target, ours)
+    to, far = nearest(ours, target)
+    back, gap = nearest(target, ours)
     # Pairs from our points to the frame's and from the frame's to ours.
     mine, theirs = torch.cat([torch.arange(len(at)), back]), torch.cat([to, torch.arange(len(target))])
     weight = (1 - (torch.cat([far, gap]) / reach).square()).clamp_min(0).square()
@@ -236,10 +246,10 @@ def _adopt(model: _Model, motion: Tensor, frame: _Frame, settings: Tracking) -> 
     if not len(frame.points):
         return torch.zeros(0, dtype=torch.long)
     at = _move(motion, model.points, model.part)
-    nearest, gap = _nearest(
+    beside, gap = nearest(
         _features(frame.points, frame.colors, settings), _features(at, model.colors, settings)
     )
-    part = torch.where(gap < settings.part, model.part[nearest], -1)
+    part = torch.where(gap < settings.part, model.part[beside], -1)
     new = (part >= 0) & (gap > 1.5 * settings.voxel)
     if new.any():
         back = _move(torch.linalg.inv(motion), frame.points[new], part[new])

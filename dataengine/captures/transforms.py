@@ -7,7 +7,6 @@ Source: docs.nerf.studio, "Data conventions"; instant-ngp, ``docs/nerf_dataset_t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from os import PathLike
@@ -20,7 +19,7 @@ from dataengine.captures import pictures
 from dataengine.captures.geometry import OPENGL, check_axes
 from dataengine.captures.shots import Frames, Shot, arrange, gather, name_in_time, name_still, orient
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
-from dataengine.storage import atomic_write, read_json
+from dataengine.storage import read_json, write_json
 from dataengine.views import Views
 
 NAMES = ("camera", "camera_label", "camera_name", "camera_id", "cam_id")
@@ -210,8 +209,5 @@ def write_transforms(folder: str | PathLike[str], views: Views) -> Path:
             entry["provenance"] = PROVENANCE_LEGEND[int(views.provenance[t, v])]
             entry["transform_matrix"] = (now.camera_to_world[v] @ OPENGL).tolist()
             entries.append(entry)
-    path = folder / "transforms.json"
     values = {"camera_model": "OPENCV", "fps": views.fps, "frames": entries}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    return path
+    return write_json(folder / "transforms.json", values)

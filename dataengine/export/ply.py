@@ -7,7 +7,6 @@ logarithms, rot_0..3 wxyz.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from dataengine.export.checks import check_finite
 from dataengine.gaussians import Gaussians
-from dataengine.storage import AnyPath, atomic_write, read_json
+from dataengine.storage import AnyPath, atomic_write, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +113,7 @@ def write_ply_sequence(folder: AnyPath, frames: Iterable[Gaussians], *, fps: flo
         raise ValueError("frames: expected at least one frame of Gaussians, got none")
     names = [path.name for path in paths]
     playlist = {"format": PLAYLIST_FORMAT, "version": 1, "fps": fps, "frames": names}
-    with atomic_write(folder / PLAYLIST) as temporary:
-        temporary.write_text(json.dumps(playlist, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / PLAYLIST, playlist)
     for name in stale - set(names):
         (folder / name).unlink(missing_ok=True)
     return [*paths, folder / PLAYLIST]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataengine.errors import DatasetError
+from dataengine.jsontext import json_text
 
 try:
     import fcntl
@@ -49,8 +50,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object atomically."""
-    write_atomically(path, json.dumps(values, indent=4, ensure_ascii=False).encode())
+    """Write a JSON object atomically; null stands for numbers that are not finite."""
+    write_atomically(path, json_text(values, indent=4, ensure_ascii=False).encode())
 
 
 def parquet_bytes(table: pa.Table, *, compact: bool = False) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataengine.errors import closest
+from dataengine.jsontext import through_json
 from dataengine.lerobot import layout
 from dataengine.lerobot.reader import EpisodeDataset
 from dataengine.parallel.workers import fan_out
@@ -112,12 +112,11 @@ class FitEpisode:
 
     def _claim(self, folder: Path, index: int) -> None:
         """Note in a new folder what its scene is of; ValueError where it is of something else."""
-        from dataengine.storage import atomic_write, read_json
+        from dataengine.storage import read_json, write_json
 
         path, wanted = folder / "scene.json", self._description(index)
         if not path.exists():
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            write_json(path, wanted)
         found = read_json(path)
         for key, value in wanted.items():
             if found.get(key) != value:
@@ -130,5 +129,4 @@ class FitEpisode:
         views = self.views or tuple(self._source.views)
         sums = self._source.meta(index).checksums
         pictures = {key: value for key, value in sums.items() if key.removeprefix(layout.IMAGES) in views}
-        values = {"settings": asdict(self.settings), "views": views, "pictures": pictures}
-        return json.loads(json.dumps(values))
+        return through_json({"settings": asdict(self.settings), "views": views, "pictures": pictures})

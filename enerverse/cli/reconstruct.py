@@ -75,16 +75,9 @@ class Reconstruct:
 
     def settings(self) -> Reconstruction:
         """What the flags say. Raises ValueError for an unknown motion."""
-        from dataengine.errors import closest
         from dataengine.fit import Fit
-        from dataengine.motion import MODELS
         from dataengine.reconstruct import Reconstruction
 
-        known = ("auto", *MODELS)
-        if self.motion not in known:
-            raise ValueError(
-                f"motion: expected one of {', '.join(known)}, got {self.motion!r}; {closest(self.motion, known)}"
-            )
         for name, least in (("steps", 1), ("new_views", 0), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from dataengine.fit import Fit
-from dataengine.flywheel import CONTROLS, Flywheel, first_fit, flywheel, look, with_controls, write_log
+from dataengine.flywheel import (
+    CONTROLS,
+    Flywheel,
+    first_fit,
+    flywheel,
+    judge,
+    look,
+    record,
+    with_controls,
+    write_log,
+)  # fmt: skip
 from dataengine.generators import ConstantFill, Identity, Oracle, Restorer, fill_depth, train_restorer
+from dataengine.quality import ALIKE
 from dataengine.reconstruct import Reconstruction
+from tests.dataengine.scene.conftest import world
 
 SETTINGS = Flywheel(
     rounds=1,
@@ -37,6 +49,26 @@ def test_every_control_runs_and_the_oracle_is_the_best(few, unseen, anchors, tmp
         "reprojection",
         "seconds",
     } <= set(kept["logs"]["oracle"][1])
+
+
+def refuse(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_what_is_written_of_pictures_that_are_the_same_is_json(few, tmp_path):
+    """A scene that shows exactly what was seen, and a round that measured nothing."""
+    scene = world()
+    renders = look(scene, few.cameras, len(few))
+    same = dataclasses.replace(few, images=renders.images, depth=None)
+    log = [record(scene, same, same, 0, 0.0) | judge(renders, Identity().repair(renders, few, None), same)]
+    assert log[0]["psnr"] == log[0]["anchor_psnr_after"] == ALIKE
+    log.append(log[0] | {"depth_cm": float("nan"), "cover": [float("inf")]})
+    settings = dataclasses.replace(SETTINGS, tolerance=float("inf"))
+    text = write_log(tmp_path / "log.json", {"same": log}, settings).read_text()
+    told = json.loads(text, parse_constant=refuse)
+    assert told["logs"]["same"][0] == log[0]
+    assert (told["logs"]["same"][1]["depth_cm"], told["logs"]["same"][1]["cover"]) == (None, [None])
+    assert told["settings"]["tolerance"] is None
 
 
 class Painter:

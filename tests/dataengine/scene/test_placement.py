@@ -92,6 +92,43 @@ def test_a_camera_that_moves_is_passed_over():
     np.testing.assert_allclose(place_cameras(moving, 3).camera_to_world, expected)
 
 
+def with_wrist(targets, over=(0.0, 0.0)):
+    """One camera that stands still and looks at the origin, and one that passes `over` a place and looks at `targets`,
+    each time with another side up."""
+    front, count = ring(1, height=0.7), len(targets)
+    poses = np.tile(front.camera_to_world, (count, 2, 1, 1))
+    for t, target in enumerate(targets):
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]
+        poses[t, 1] = look_at((over[0] + 0.1 * t - 0.2, over[1] + 0.05 * t, 0.3), target) @ turn
+    lenses = np.tile(front.intrinsics[:1], (count, 2, 1, 1))
+    lenses[:, 1, :2, :2] /= 3
+    return Cameras(("front", "wrist"), lenses, poses, 24, 24)
+
+
+def test_beside_one_camera_that_stands_still_a_wrist_says_only_where_to_look():
+    both = with_wrist([(0.02 * t - 0.04, 0.01 * t - 0.03, 0.0) for t in range(5)])
+    placed = place_cameras(both, 5)
+    centre = focus(placed.camera_to_world)
+    np.testing.assert_allclose(centre, 0.0, atol=0.05)
+    np.testing.assert_allclose(placed.camera_to_world[:, 2, 0], 0.0, atol=1e-9)  # x is level
+    assert (placed.camera_to_world[:, 2, 1] < 0).all()
+    azimuths, elevations, distances = dome(placed, centre=centre)
+    front = both.camera_to_world[0, 0, :3, 3]
+    np.testing.assert_allclose(distances, np.linalg.norm(front - centre))  # not as near as the wrist
+    assert (np.abs(azimuths) <= MARGIN + 3).all()
+    assert (np.abs(elevations - np.degrees(np.arctan2(0.7, 1.2))) < 10).all()
+    np.testing.assert_allclose(placed.intrinsics, np.tile(both.intrinsics[0, :1], (5, 1, 1)))
+
+
+def test_a_wrist_that_looks_elsewhere_is_told():
+    away = with_wrist([(3.0 + 0.02 * t, 4.1, 0.0) for t in range(5)], over=(3.0, 4.0))
+    with pytest.raises(
+        ValueError, match="cameras: expected those that move to look where 'front' looks, got axes"
+    ):
+        place_cameras(away, 3)
+
+
 def test_names_go_on_where_others_ended():
     named = ring(2, name="view")  # view_0, view_1
     assert place_cameras(named, 2).names == ("view_02", "view_03")

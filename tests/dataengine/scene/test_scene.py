@@ -143,6 +143,25 @@ def test_an_unknown_motion_names_the_closest():
         make_motion("rigid", cloud(), FRAMES)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (
+            {"motion": "hexplan"},
+            "motion: expected one of auto, rigid, .*got 'hexplan'; did you mean 'hexplane'",
+        ),
+        ({"spacing": 0.0}, "spacing: expected pixels above 0, got 0.0; 1.5 starts"),
+        ({"spacing": float("nan")}, "spacing: expected pixels above 0, got nan; 1.5 starts"),
+        ({"degree": 4}, "degree: expected 0, 1, 2 or 3, got 4; 0 is the same colour"),
+        ({"degree": -1}, "degree: expected 0, 1, 2 or 3, got -1; 0 is the same colour"),
+        ({"degree": 1.5}, "degree: expected 0, 1, 2 or 3, got 1.5; 0 is the same colour"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_before_anything_is_read(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Reconstruction(**wrong)
+
+
 def test_points_start_where_depth_shows_them(seen):
     start = from_depth(seen, seen.body_ids, poses())
     block = start.gaussians.means[start.gaussians.body == 1]
