@@ -18,7 +18,7 @@ import tyro
 
 from benchmarks.figures_data import DATA_SECTIONS
 from benchmarks.results_io import RESULTS, Result, read_results
-from enerverse.charts import Bar, svg_bars, svg_curve
+from dataengine.charts import Bar, svg_bars, svg_curve
 from enerverse.files import atomic_write
 
 ROOT = Path(__file__).parents[1]

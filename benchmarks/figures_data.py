@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from enerverse.charts import Bar, svg_bars, svg_curve
+from dataengine.charts import Bar, svg_bars, svg_curve
 
 Section = tuple[str, dict[str, str]]
 VARIANTS = {
@@ -190,6 +190,20 @@ def recording_section(values: dict[str, Any]) -> Section:
     return table(head, rows), {}
 
 
+def parallel_section(values: dict[str, Any]) -> Section:
+    """What a second worker brings, quiet medians of rounds taken in turn."""
+    rows = []
+    for work, unit in (("recording", "pictures"), ("fitting", "scenes")):
+        found = values[work]["median"]
+        speed = found[f"{unit}_per_second"]
+        form = "{:.0f}" if work == "recording" else "{:.2f}"
+        rows.append([f"{work}, {unit}/s", *(form.format(speed[key]) for key in ("alone", "one", "two")),
+                     f"{found['speedup']:.2f}", f"{found['over_alone']:.2f}"])  # fmt: skip
+    head = ["work", "no Ray", "one worker", "two workers", "two over one", "two over no Ray"]
+    note = f"{values['cores']} cores; workers are warm, starting them takes some seconds more."
+    return "\n\n".join([table(head, rows), note]), {}
+
+
 DATA_SECTIONS = {
     "flywheel": ("The flywheel, turned twice", flywheel_section),
     "repair": ("The world model as a generator", repair_section),
@@ -197,4 +211,5 @@ DATA_SECTIONS = {
     "scenes": ("4D scenes on cameras never seen", scenes_section),
     "speed/rasterize": ("The rasteriser on one CPU core", rasterize_section),
     "speed/recording": ("Recording", recording_section),
+    "speed/parallel": ("Workers", parallel_section),
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataengine.cameras import Cameras
+from dataengine.charts import svg_curve
 from dataengine.fit import Fit, fit
 from dataengine.generators import ConstantFill, Generator, Identity, Oracle, Renders, Repaired
 from dataengine.growth import grown
@@ -27,7 +28,7 @@ from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.quality import decibels
 from dataengine.reconstruct import Reconstruction, measure, reconstruct, render_all
 from dataengine.scene import Scene
-from dataengine.storage import AnyPath, write_json
+from dataengine.storage import AnyPath, atomic_write, write_json
 from dataengine.views import Views
 
 CHANGED = 1.5 / 255
@@ -279,5 +280,20 @@ def carry(
 
 
 def write_log(path: AnyPath, logs: Mapping[str, list[dict[str, Any]]], settings: Flywheel) -> Path:
-    """Write logs and settings as JSON."""
+    """Write logs and settings as JSON, and beside it, under the same name in `.svg`, the PSNR of every run by round: on
+    held-out cameras where there were any, else on the real views."""
+    path = Path(path)
+    with atomic_write(path.with_suffix(".svg")) as temporary:
+        temporary.write_text(draw_log(logs), encoding="utf-8")
     return write_json(path, {"settings": asdict(settings), "logs": logs})
+
+
+def draw_log(logs: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The PSNR of every run by round, as SVG."""
+    held_out = all("psnr" in record for log in logs.values() for record in log)
+    measure, cameras = ("psnr", "cameras held out") if held_out else ("input_psnr", "cameras fitted to")
+    series = {
+        name: ([float(record["round"]) for record in log], [record[measure] for record in log])
+        for name, log in logs.items()
+    }
+    return svg_curve(series, "round", f"PSNR on {cameras}, dB")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from enerverse.charts import Bar, Series, svg_bars, svg_curve
+from dataengine.charts import Bar, Series, svg_bars, svg_curve
 from enerverse.files import atomic_write
 from enerverse.media import encode_mp4, encode_png
 from enerverse.prose import to_html
@@ -131,7 +131,7 @@ class Report:
         *,
         log_y: bool = False,
     ) -> Report:
-        """Add a line chart; see `enerverse.charts.svg_curve`."""
+        """Add a line chart; see `dataengine.charts.svg_curve`."""
         return self._figure(svg_curve(series, xlabel, ylabel, log_y=log_y), caption)
 
     def bars(
@@ -142,7 +142,7 @@ class Report:
         *,
         reference: tuple[str, float] | None = None,
     ) -> Report:
-        """Add a bar chart with intervals; see `enerverse.charts.svg_bars`."""
+        """Add a bar chart with intervals; see `dataengine.charts.svg_bars`."""
         return self._figure(svg_bars(rows, xlabel, reference=reference), caption)
 
     def html(self) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enerverse.charts import svg_bars, svg_curve
+from dataengine.charts import svg_bars, svg_curve
 from enerverse.media import encode_mp4, encode_png
 from enerverse.prose import to_html
 from enerverse.report import Report

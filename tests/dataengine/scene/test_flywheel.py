@@ -81,6 +81,14 @@ class Painter:
         return dataclasses.replace(repaired, images=torch.ones_like(repaired.images))
 
 
+def test_a_log_is_drawn_beside_it(few, anchors, tmp_path):
+    turned = flywheel(few, Identity(), anchors.cameras, SETTINGS, gate=False)
+    write_log(tmp_path / "log.json", {"identity": turned.log}, SETTINGS)
+    drawn = (tmp_path / "log.svg").read_text()
+    assert "PSNR on cameras fitted to, dB" in drawn
+    assert drawn.count("<svg") == 1
+
+
 def test_a_round_that_makes_things_worse_is_undone(few, unseen, anchors):
     scene = first_fit(few, SETTINGS)
     turned = flywheel(
