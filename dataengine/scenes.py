@@ -97,10 +97,10 @@ def read_parts(
     else:
         views, _, _ = read_colmap(root, frames="common" if common else "equal", check=False)
     views = views.select(observed) if observed else views
-    mended: list[str] = []
+    given, mended = "opengl" if kind == "transforms" else "world_to_camera", []
     if mend:
-        views, mended = repair(views)
-    check(views, str(root), axes="opengl" if kind == "transforms" else "world_to_camera")
+        views, mended = repair(views, check=False, given=given)
+    check(views, str(root), axes=given)
     views = views if size is None else views.scaled_to(size, size)
     cuts = windows(len(views), window)
     parts = [

@@ -207,7 +207,7 @@ def test_camera_to_world_in_the_model_is_noticed(tmp_path, make_scene):
     write_colmap(tmp_path, replace(views, cameras=wrong))
     with pytest.raises(
         ValueError,
-        match="expected world-to-camera matrices, .* looks like OpenCV axes .*; pass axes='opencv'",
+        match="expected world-to-camera matrices, .* looks like OpenCV axes .*; read them with axes 'opencv'",
     ):
         read_colmap(tmp_path)
     again, _, _ = read_colmap(tmp_path, axes="opencv")

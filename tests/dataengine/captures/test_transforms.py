@@ -210,7 +210,8 @@ BAD = {
             transform_matrix=(np.array(e["transform_matrix"]) @ np.diag([-1.0, 1, 1, 1])).tolist()
         ),
         0,
-        "expected a right-handed pose .det .1., got a left-handed one .det -1., as 1 of 6 are; flip its [xyz] axis",
+        "expected a right-handed pose .det .1., got a left-handed one .det -1., as 1 of 6 are; flip its [xyz] axis, .*: "
+        "change the signs of that column of its camera-to-world matrix",
     ),
     "cropped": (
         spoil(w=80),
@@ -226,8 +227,8 @@ BAD = {
     "unequal": (
         lambda v: v["frames"].pop(),
         None,
-        "frames: expected all cameras to have the same moments, got 2 of 'front' and 1 of 'top' with 1 shared; pass "
-        "frames='common'",
+        "frames: expected all cameras to have the same moments, got 2 of 'front' and 1 of 'top' with 1 shared; cut to "
+        r"those with frames 'common' \(--common-frames\)",
     ),
     "provenance": (
         spoil(provenance="seen"),
@@ -309,7 +310,7 @@ def test_opencv_poses_in_the_file_are_noticed_and_read_on_request(tmp_path, make
         )
     with pytest.raises(
         ValueError,
-        match=r"expected OpenGL axes .* looks like OpenCV axes \(y down, z forward\); pass axes='opencv'",
+        match=r"expected OpenGL axes .* looks like OpenCV axes \(y down, z forward\); read them with axes 'opencv'",
     ):
         read_transforms(tmp_path)
     for axes in ("opencv", "auto"):

@@ -10,6 +10,7 @@ import torch
 from dataengine import fit
 from dataengine.cameras import Cameras
 from dataengine.captures import read_colmap, read_transforms, write_colmap, write_transforms
+from dataengine.captures.geometry import WORDS, from_opencv, to_opencv
 from dataengine.episodes import DatasetError, EpisodeDataset
 from dataengine.export import read_film, read_ply, read_ply_sequence, read_splat
 from dataengine.fit import Fit
@@ -138,18 +139,21 @@ def rewrite(folder, views, change):
     path.write_text(json.dumps(values | {"frames": change(values["frames"])}))
 
 
-def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path):
+@pytest.mark.parametrize("axes", ["opencv", "world_to_camera", "opengl_world_to_camera"])
+def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path, axes):
     def turn(frames):
-        axes = np.diag([1.0, -1, -1, 1])
-        return [f | {"transform_matrix": (np.array(f["transform_matrix"]) @ axes).tolist()} for f in frames]
+        true = [to_opencv(np.array(f["transform_matrix"]), "opengl") for f in frames]
+        return [
+            f | {"transform_matrix": from_opencv(pose, axes).tolist()}
+            for f, pose in zip(frames, true, strict=True)
+        ]
 
     rewrite(tmp_path, seen3, turn)
-    with pytest.raises(
-        ValueError, match=r"camera_to_world: expected OpenGL axes .*; pass axes='opencv', or repair"
-    ):
+    advice = f"expected OpenGL axes .*; read them with axes '{axes}', or repair"
+    with pytest.raises(ValueError, match=advice):
         read_parts(tmp_path)
     parts = read_parts(tmp_path, mend=True)
-    assert parts.mended == ["camera_to_world: read as OpenGL axes (y up, z back)"]
+    assert parts.mended == [f"camera_to_world: read as {WORDS[axes]}, not as OpenGL axes (y up, z back)"]
     np.testing.assert_allclose(
         parts.parts[0].load().cameras.camera_to_world, seen3.cameras.camera_to_world, atol=1e-6
     )
