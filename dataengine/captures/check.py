@@ -189,7 +189,8 @@ def _wrong_depth(views: Views) -> Iterator[Problem]:
         yield Problem(
             kind="depth",
             sentence=f"depth: expected the scale of the poses, got one that fits them times {factor:.4g} ({fitting:.0%} "
-            f"of points agree between views then, {given:.0%} as it is); read it with depth scale {factor:.4g}, or repair (--repair), or scale the poses",
+            f"of points agree between views then, {given:.0%} as it is); read it with depth scale {factor:.4g}, repair "
+            "(--repair), or scale the poses",
             remedy=factor,
         )
     elif clear or (given < 0.1 and (counts or far)):

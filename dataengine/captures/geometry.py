@@ -18,6 +18,7 @@ AXES: tuple[str, ...] = get_args(Axes)
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # y up, z back to y down, z forward; its own inverse
 
 PARALLEL = 0.0075  # smallest eigenvalue of the focus system for two axes 10 degrees apart
+FAR = 1e15  # what no number of a capture reaches
 SAMPLES, PAIRS = 250, 20
 CLOSE = 0.05  # two depths of one point agree within 5 %
 SCALES = np.geomspace(1e-4, 1e4, 161)
