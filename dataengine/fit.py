@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataengine.errors import MissingPackage
 from dataengine.losses import Weights, frame_loss
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, load_tensors, save_tensors
@@ -221,7 +222,7 @@ class _Densification:
         try:
             from gsplat.strategy import DefaultStrategy
         except ImportError:
-            raise ImportError(
+            raise MissingPackage(
                 "densify: expected the package gsplat, found none; pip install gsplat"
             ) from None
         steps = run.settings.steps

@@ -21,6 +21,7 @@ from dataengine.captures import read_colmap, read_transforms, repair, write_colm
 from dataengine.episodes import Episode, EpisodeDataset, EpisodeWriter
 from dataengine.errors import closest
 from dataengine.export import GaussianFilm, export, write_ply
+from dataengine.export.viewers import import_rerun
 from dataengine.made import add_window
 from dataengine.multiview import choose_episodes, finish
 from dataengine.placement import place_cameras
@@ -30,7 +31,8 @@ from dataengine.sources import MOMENTS, check, open_reading, source_kind, window
 from dataengine.storage import AnyPath, atomic_write, read_json
 from dataengine.views import Views
 
-FORMATS = ("page", "ply", "film", "splat", "transforms", "colmap", "lerobot")
+GAUSSIANS = ("page", "ply", "film", "splat", "rerun")
+FORMATS = (*GAUSSIANS, "transforms", "colmap", "lerobot")
 RECORD = "scene.json"
 POINTS, SOLID = 20_000, 0.5  # of a COLMAP model: at most so many Gaussians, of at least this opacity
 
@@ -143,7 +145,8 @@ def _name(episode: str, number: int, count: int) -> str:
 
 
 def check_formats(formats: Sequence[str], kind: str) -> None:
-    """ValueError for an unknown format (the closest is named), none, or ``lerobot`` of what is a dataset already."""
+    """ValueError for an unknown format (the closest is named), none, or ``lerobot`` of what is a dataset already;
+    MissingPackage for ``rerun`` without its package."""
     for name in formats:
         if name not in FORMATS:
             raise ValueError(
@@ -155,6 +158,8 @@ def check_formats(formats: Sequence[str], kind: str) -> None:
         raise ValueError(
             "formats: expected lerobot for a capture alone, got it for a dataset; multiview writes one with more views"
         )
+    if "rerun" in formats:
+        import_rerun()
 
 
 def make_scene(
@@ -171,9 +176,9 @@ def make_scene(
     The fit goes on where it was stopped, and once it is finished, other formats are written without fitting again.
 
     page: one HTML file that plays the scene in a browser; ply: one file a frame; film: the Gaussians once
-    (``canonical.ply``) and how they move (``scene.safetensors``); splat: one file a frame; transforms, colmap: the views
-    that were seen, the latter with the scene's Gaussians as points; lerobot: a dataset of those views and
-    `new_views` renders.
+    (``canonical.ply``, in `files` as canonical) and how they move (``scene.safetensors``); splat: one file a frame;
+    rerun: a recording (``scene.rrd``) for its viewer; transforms, colmap: the views that were seen, the latter with the
+    scene's Gaussians as points; lerobot: a dataset of those views and `new_views` renders.
 
     Raises:
         ValueError: another scene in that folder; views that nothing can be made from. OSError: a full disk.
@@ -187,10 +192,10 @@ def make_scene(
     _write_record(folder, bound | {"figures": figures})
     frames = [scene.at(t).detach() for t in range(scene.frames)]
     film = GaussianFilm.from_frames(frames, fps=views.fps, cameras=views.cameras)
-    plain = [name for name in formats if name in ("page", "ply", "film", "splat")]
-    files = export(film, folder, plain, title=part.title)
+    files = export(film, folder, [name for name in formats if name in GAUSSIANS], title=part.title)
     if "film" in formats:
-        write_ply(folder / "canonical.ply", film.canonical, body=bool(film.canonical.body.any()))
+        body = bool(film.canonical.body.any())
+        files["canonical"] = write_ply(folder / "canonical.ply", film.canonical, body=body)
     if "transforms" in formats:
         files["transforms"] = write_transforms(folder / "transforms", views)
     if "colmap" in formats:

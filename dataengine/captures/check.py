@@ -54,7 +54,7 @@ def find_problems(views: Views, *, least: int = 2, axes: str = "opencv") -> list
     Without depth, cameras in parallel get no verdict, a pair is only asked about OpenGL axes, and a rig that looks
     outwards is taken for one with OpenGL axes.
     """
-    found = [*_not_finite(views), *_empty_masks(views)]
+    found = [*not_finite(views), *_empty_masks(views)]
     if len(views.names) < least:
         found.append(
             Problem(
@@ -76,7 +76,8 @@ def check_views(views: Views, *, least: int = 2, axes: str = "opencv") -> None:
         raise ValueError(" | ".join(problem.sentence for problem in found))
 
 
-def _not_finite(views: Views) -> Iterator[Problem]:
+def not_finite(views: Views) -> Iterator[Problem]:
+    """Which of images, depth and confidence hold a NaN or an infinity."""
     for name in ("images", "depth", "confidence"):
         value = getattr(views, name)
         if value is None or bool(torch.isfinite(value).all()):

@@ -28,7 +28,7 @@ class Reconstruct:
     episodes: tuple[int, ...] = (0,)
     """Which episodes of a dataset."""
     formats: tuple[str, ...] = ("page",)
-    """Some of page, ply, film, splat, transforms, colmap and, for a capture, lerobot."""
+    """Some of page, ply, film, splat, rerun (extra `viewer`), transforms, colmap and, for a capture, lerobot."""
     observed: tuple[str, ...] = ()
     """Views to fit to; when not given, all that have poses."""
     motion: str = "auto"

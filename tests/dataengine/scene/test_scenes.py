@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from dataengine.cameras import Cameras
 from dataengine.captures import read_colmap, read_transforms, write_colmap, write_transforms
 from dataengine.captures.geometry import WORDS, from_opencv, to_opencv
 from dataengine.episodes import DatasetError, EpisodeDataset
+from dataengine.errors import MissingPackage
 from dataengine.export import read_film, read_ply, read_ply_sequence, read_splat
 from dataengine.fit import Fit
 from dataengine.lerobot.sidecar import read_cameras
-from dataengine.reconstruct import Reconstruction
+from dataengine.reconstruct import Reconstruction, reconstruct
 from dataengine.scenes import check_formats, make_scene, read_parts
+from dataengine.sources import windows
 from tests.dataengine.scene.conftest import capture, ring, save_dataset
 
 QUICK = Reconstruction(fit=Fit(steps=8, quiet=True))
@@ -43,7 +47,7 @@ def made(dataset, tmp_path_factory):
 
 def test_every_format_is_written_and_can_be_read(made, seen3):
     out, scene = made
-    assert set(scene.files) == set(ALL)
+    assert set(scene.files) == {*ALL, "canonical"}
     assert scene.figures["psnr"] > 20
     page = scene.files["page"].read_text()
     assert page.count("<html") == 1
@@ -51,7 +55,8 @@ def test_every_format_is_written_and_can_be_read(made, seen3):
     assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     frames, fps = read_ply_sequence(scene.files["ply"])
     assert (len(frames), fps) == (4, 10.0)
-    film, canonical = read_film(scene.files["film"]), read_ply(out / "episode_000" / "canonical.ply")
+    film, canonical = read_film(scene.files["film"]), read_ply(scene.files["canonical"])
+    assert scene.files["canonical"] == out / "episode_000" / "canonical.ply"
     assert len(film) == 4
     torch.testing.assert_close(canonical.means, film.canonical.means)
     torch.testing.assert_close(frames[3].means, film.at(3).means)
@@ -123,6 +128,45 @@ def test_formats_are_checked():
         ValueError, match="formats: expected lerobot for a capture alone, got it for a dataset"
     ):
         check_formats(("lerobot",), "dataset")
+
+
+def test_rerun_needs_its_package_before_any_work_is_done(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(
+        MissingPackage, match=r"rerun-sdk: expected the package, .*; run pip install 'enerverse\[viewer\]'"
+    ):
+        check_formats(("page", "rerun"), "dataset")
+    monkeypatch.setitem(sys.modules, "rerun", types.ModuleType("rerun"))
+    check_formats(("page", "rerun"), "dataset")
+
+
+def test_rerun_gets_a_recording_beside_the_other_formats(made, dataset, monkeypatch):
+    out = made[0]
+    monkeypatch.setattr("dataengine.export.log_rerun", lambda film, path: path.with_name(f"{len(film)}.rrd"))
+    again = make_scene(read_parts(dataset.root).parts[0], out, QUICK, ("rerun",), source="push")
+    assert again.files == {"rerun": out / "episode_000" / "4.rrd"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("images", torch.nan), ("depth", torch.nan), ("depth", torch.inf)]
+)
+def test_numbers_that_are_not_finite_are_named_before_a_fit(seen3, name, value):
+    spoilt = getattr(seen3, name).clone()
+    spoilt[2, 1, 5] = value
+    sentence = (
+        f"{name}: expected finite numbers, got NaN or infinity in 1 pictures, first in view 'ring_1', frame 2"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        reconstruct(dataclasses.replace(seen3, **{name: spoilt}), QUICK)
+
+
+def test_views_without_a_frame_are_refused(seen3):
+    with pytest.raises(ValueError, match="images: expected at least one frame and one view, got 0 of 3"):
+        seen3.at(slice(4, 9))
+    with pytest.raises(ValueError, match="window: expected at least 1 frame, got 0"):
+        windows(0, 8)
+    with pytest.raises(ValueError, match="fps: expected frames per second above 0, got 0"):
+        dataclasses.replace(seen3, fps=0.0)
 
 
 def test_nothing_there_is_said(tmp_path):

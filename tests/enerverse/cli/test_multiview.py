@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -117,6 +118,7 @@ def test_a_page_of_the_scene(pair, call, tmp_path):
     page = out / "episode_000" / "scene.html"
     assert f"page: {page}\n" in said.out
     assert page.read_text().startswith("<!")
+    assert f"canonical: {out / 'episode_000' / 'canonical.ply'}\n" in said.out
     assert (out / "episode_000" / "canonical.ply").is_file()
     assert "enerverse multiview" in said.out.splitlines()[-1]
 
@@ -178,6 +180,15 @@ def test_doubtful_results_are_told():
     assert describe(colour, "out")[1:] == [
         "the scene gives the observed views back with 25.0 dB; they have no depth"
     ]
+
+
+def test_rerun_without_its_package_is_one_sentence(pair, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    refused(
+        call("reconstruct", "--data", pair, "--out", tmp_path / "x", "--formats", "rerun"),
+        "rerun-sdk: expected the package, ",
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_one_worker_is_this_process():
