@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataengine.errors import MissingPackage
 from dataengine.losses import Weights, frame_loss
+from dataengine.progress import counted, make_bar
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, load_tensors, save_tensors
 from dataengine.views import Views
@@ -51,7 +51,7 @@ class Fit:
         densify: clone, split and prune by gsplat's `DefaultStrategy`; for scenes that started without depth.
         seed: of the order of frames and of densification.
         save_every: steps between checkpoints where there is a folder.
-        quiet: no progress bar.
+        quiet: no progress bar, nor lines in its place.
     """
 
     steps: int = 400
@@ -91,8 +91,10 @@ def fit(
         raise ValueError(f"views: expected {scene.frames} frames like the scene, got {len(views)}")
     run = _Run(scene, settings)
     records = run.resume(Path(folder)) if folder is not None else []
-    bar = tqdm(range(run.step, settings.steps), desc="fit", disable=settings.quiet or None, leave=False)
-    for step in bar:
+    bar = make_bar(
+        total=settings.steps, initial=run.step, desc="fit", unit="step", quiet=settings.quiet, leave=False
+    )
+    for step in counted(run.step, settings.steps, bar):
         frame = _frame(settings.seed, step, len(views))
         loss = run.advance(views, step, frame)
         records.append({"step": step, "frame": frame, "loss": loss, "gaussians": len(scene)})

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dataengine.cameras import Cameras
 from dataengine.episodes import EpisodeDataset, EpisodeWriter
@@ -28,6 +27,7 @@ from dataengine.initialize import evidence
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.made import MadeDataset, add_window, writer_arguments
 from dataengine.placement import place_cameras
+from dataengine.progress import make_bar
 from dataengine.scene import Scene
 from dataengine.sources import Reading, check, open_reading, windows
 from dataengine.storage import AnyPath
@@ -207,7 +207,7 @@ def multiview(
         settings: see :class:`Multiview`.
         generator: what repairs renders, None for renders as they are; it is known by its `name` alone.
         episodes: which ones, in this order; None for all.
-        progress: show a bar on a terminal.
+        progress: show a bar on a terminal, elsewhere a line every half minute.
         run: applies a function to windows and gives the results in order: `map`, or something that spreads them over
             processes.
 
@@ -232,7 +232,7 @@ def multiview(
         work = partial(multiply_window, reading=reading, generator=generator, settings=settings.flywheel)
         jobs, ahead = itertools.tee(_windows(dataset, reading, settings, todo))
         total = sum(dataset.lengths[index] for index in todo)
-        with tqdm(total=total, unit="frame", desc="multiview", disable=None if progress else True) as bar:
+        with make_bar(total=total, unit="frame", desc="multiview", quiet=not progress) as bar:
             for job, result in zip(jobs, run(work, ahead), strict=True):
                 _keep(job, result, dataset, reading, writer, made)
                 bar.update(job.stop - job.start)

@@ -39,20 +39,25 @@ POINTS, SOLID = 20_000, 0.5  # of a COLMAP model: at most so many Gaussians, of 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
-    """One scene to be: its name, which is that of its folder ("" for a capture), its task in words, and its views."""
+    """One scene to be: its name, which is that of its folder ("" for a capture), its task in words, how many frames it
+    has, and its views."""
 
     name: str
     title: str
+    frames: int
     load: Callable[[], Views]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Parts:
-    """What lies at `root`: of which kind, its parts, and a sentence for everything that was mended."""
+    """What lies at `root`: of which kind, its parts, the views of each, of `size` (width, height), and a sentence for
+    everything that was mended."""
 
     root: Path
     kind: str
     parts: list[Part]
+    views: tuple[str, ...]
+    size: tuple[int, int]
     mended: list[str]
 
 
@@ -106,10 +111,14 @@ def read_parts(
     views = views if size is None else views.scaled_to(size, size)
     cuts = windows(len(views), window)
     parts = [
-        Part(name=_name("", n, len(cuts)), title=root.resolve().name, load=lambda w=w: views.at(slice(*w)))
+        Part(
+            name=_name("", n, len(cuts)), title=root.resolve().name, frames=w[1] - w[0],
+            load=lambda w=w: views.at(slice(*w)),
+        )
         for n, w in enumerate(cuts)
-    ]
-    return Parts(root=root, kind=kind, parts=parts, mended=mended)
+    ]  # fmt: skip
+    size_of = (views.cameras.width, views.cameras.height)
+    return Parts(root=root, kind=kind, parts=parts, views=views.names, size=size_of, mended=mended)
 
 
 def _of_dataset(
@@ -131,12 +140,20 @@ def _of_dataset(
         cuts = windows(meta.length, window)
         parts += [
             Part(
-                name=_name(f"episode_{index:03d}", n, len(cuts)), title=meta.tasks[0],
+                name=_name(f"episode_{index:03d}", n, len(cuts)), title=meta.tasks[0], frames=w[1] - w[0],
                 load=lambda i=index, w=w: load(i, *w),
             )
             for n, w in enumerate(cuts)
         ]  # fmt: skip
-    return Parts(root=root, kind="dataset", parts=parts, mended=mended)
+    height, width = dataset.picture_size(reading.names[0])
+    return Parts(
+        root=root,
+        kind="dataset",
+        parts=parts,
+        views=reading.names,
+        size=square or (width, height),
+        mended=mended,
+    )
 
 
 def _name(episode: str, number: int, count: int) -> str:

@@ -94,6 +94,7 @@ def test_another_scene_in_the_folder_is_refused(made, dataset, settings, source,
 def test_long_recordings_become_several_scenes(dataset):
     parts = read_parts(dataset.root, window=3, observed=("ring_0", "ring_2"), size=12).parts
     assert [part.name for part in parts] == ["episode_000/part_00", "episode_000/part_01"]
+    assert [part.frames for part in parts] == [2, 2]
     views = parts[1].load()
     assert (len(views), views.names, views.cameras.width) == (2, ("ring_0", "ring_2"), 12)
 
@@ -102,6 +103,7 @@ def test_long_recordings_become_several_scenes(dataset):
 def test_captures_become_scenes_and_datasets(write, seen3, tmp_path):
     write(tmp_path / "in", seen3)
     parts = read_parts(tmp_path / "in", observed=("ring_0", "ring_1"))
+    assert (parts.views, parts.size, parts.parts[0].frames) == (("ring_0", "ring_1"), (24, 24), 4)
     assert parts.kind == ("transforms" if write is write_transforms else "colmap")
     made = make_scene(parts.parts[0], tmp_path / "out", QUICK, ("lerobot",), new_views=2)
     dataset = EpisodeDataset(made.files["lerobot"])
