@@ -193,7 +193,7 @@ def _size(said: _Keys, image: Path) -> tuple[int, int]:
 def _pose(said: _Keys) -> NDArray[np.float64]:
     rows = said.get("transform_matrix")
     plain = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
-    cells = [cell for row in rows for cell in row] if plain else [None]
+    cells: list[Any] = [cell for row in rows for cell in row] if plain else [None]
     if any(isinstance(cell, bool) or not isinstance(cell, (int, float)) for cell in cells):
         raise said.wrong("transform_matrix", "4 rows of 4 numbers")
     if len({len(row) for row in rows}) > 1 or any(abs(cell) > FAR for cell in cells):
