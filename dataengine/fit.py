@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataengine.digests import digest_views
+from dataengine.errors import MissingPackage
 from dataengine.gaussians import LOOSE
 from dataengine.losses import Weights, frame_loss
+from dataengine.progress import counted, make_bar
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, load_tensors, save_tensors
 from dataengine.views import Views
@@ -52,7 +53,7 @@ class Fit:
         densify: clone, split and prune by gsplat's `DefaultStrategy`; for scenes that started without depth.
         seed: of the order of frames and of densification.
         save_every: steps between checkpoints where there is a folder.
-        quiet: no progress bar.
+        quiet: no progress bar, nor lines in its place.
     """
 
     steps: int = 400
@@ -93,8 +94,10 @@ def fit(
     run = _Run(scene, settings)
     seen = digest_views(views) if folder is not None else ""
     records = run.resume(Path(folder), seen) if folder is not None else []
-    bar = tqdm(range(run.step, settings.steps), desc="fit", disable=settings.quiet or None, leave=False)
-    for step in bar:
+    bar = make_bar(
+        total=settings.steps, initial=run.step, desc="fit", unit="step", quiet=settings.quiet, leave=False
+    )
+    for step in counted(run.step, settings.steps, bar):
         frame = _frame(settings.seed, step, len(views))
         loss = run.advance(views, step, frame)
         records.append({"step": step, "frame": frame, "loss": loss, "gaussians": len(scene)})
@@ -230,7 +233,7 @@ class _Densification:
         try:
             from gsplat.strategy import DefaultStrategy
         except ImportError:
-            raise ImportError(
+            raise MissingPackage(
                 "densify: expected the package gsplat, found none; pip install gsplat"
             ) from None
         steps = run.settings.steps

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dataengine.cameras import Cameras
 from dataengine.episodes import EpisodeDataset, EpisodeWriter
@@ -29,6 +28,7 @@ from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.made import MadeDataset, add_window, writer_arguments
 from dataengine.placement import place_cameras
 from dataengine.probe import probe
+from dataengine.progress import make_bar
 from dataengine.scene import Scene
 from dataengine.sources import Reading, check, open_reading, windows
 from dataengine.storage import AnyPath
@@ -227,7 +227,7 @@ def multiview(
         settings: see :class:`Multiview`.
         generator: what repairs renders, None for renders as they are; it is known by its `name` and its weights.
         episodes: which ones, in this order; None for all.
-        progress: show a bar on a terminal.
+        progress: show a bar on a terminal, elsewhere a line every half minute.
         run: applies a function to windows and gives the results in order: `map`, or something that spreads them over
             processes.
 
@@ -255,7 +255,7 @@ def multiview(
         )
         jobs, ahead = itertools.tee(_windows(dataset, reading, settings, todo))
         total = sum(dataset.lengths[index] for index in todo)
-        with tqdm(total=total, unit="frame", desc="multiview", disable=None if progress else True) as bar:
+        with make_bar(total=total, unit="frame", desc="multiview", quiet=not progress) as bar:
             for job, result in zip(jobs, run(work, ahead), strict=True):
                 _keep(job, result, dataset, reading, writer, made)
                 bar.update(job.stop - job.start)

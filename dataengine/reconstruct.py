@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dataengine.captures.check import not_finite
 from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
@@ -76,13 +77,16 @@ def reconstruct(
 ) -> Scene:
     """A scene fitted to `views`; in `folder` it goes on where it was stopped.
 
-    Raises ValueError for fewer than two views, views that do not overlap, or a motion that they do not allow.
+    Raises ValueError for fewer than two views, pictures or depth that hold NaN or infinity, views that do not overlap, or
+    a motion that they do not allow.
     """
     settings = settings or Reconstruction()
     if len(views.names) < 2:
         raise ValueError(
             f"views: expected at least 2, got {len(views.names)}; one view says nothing about depth"
         )
+    for problem in not_finite(views):
+        raise ValueError(problem.sentence)
     scene = begin(views, settings)
     plan = settings.fit if views.depth is not None else replace(settings.fit, densify=True)
     fit(scene, views, plan, folder=folder, callbacks=callbacks)

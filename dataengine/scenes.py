@@ -21,6 +21,7 @@ from dataengine.digests import digest_views
 from dataengine.episodes import Episode, EpisodeDataset, EpisodeWriter
 from dataengine.errors import closest
 from dataengine.export import GaussianFilm, export, write_ply
+from dataengine.export.viewers import import_rerun
 from dataengine.jsontext import through_json
 from dataengine.made import add_window
 from dataengine.multiview import choose_episodes, finish
@@ -31,27 +32,33 @@ from dataengine.sources import MOMENTS, check, open_reading, source_kind, window
 from dataengine.storage import AnyPath, read_json, write_json
 from dataengine.views import Views
 
-FORMATS = ("page", "ply", "film", "splat", "transforms", "colmap", "lerobot")
+GAUSSIANS = ("page", "ply", "film", "splat", "rerun")
+FORMATS = (*GAUSSIANS, "transforms", "colmap", "lerobot")
 RECORD = "scene.json"
 POINTS, SOLID = 20_000, 0.5  # of a COLMAP model: at most so many Gaussians, of at least this opacity
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
-    """One scene to be: its name, which is that of its folder ("" for a capture), its task in words, and its views."""
+    """One scene to be: its name, which is that of its folder ("" for a capture), its task in words, how many frames it
+    has, and its views."""
 
     name: str
     title: str
+    frames: int
     load: Callable[[], Views]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Parts:
-    """What lies at `root`: of which kind, its parts, and a sentence for everything that was mended."""
+    """What lies at `root`: of which kind, its parts, the views of each, of `size` (width, height), and a sentence for
+    everything that was mended."""
 
     root: Path
     kind: str
     parts: list[Part]
+    views: tuple[str, ...]
+    size: tuple[int, int]
     mended: list[str]
 
 
@@ -98,17 +105,21 @@ def read_parts(
     else:
         views, _, _ = read_colmap(root, frames="common" if common else "equal", check=False)
     views = views.select(observed) if observed else views
-    mended: list[str] = []
+    given, mended = "opengl" if kind == "transforms" else "world_to_camera", []
     if mend:
-        views, mended = repair(views)
-    check(views, str(root), axes="opengl" if kind == "transforms" else "world_to_camera")
+        views, mended = repair(views, check=False, given=given)
+    check(views, str(root), axes=given)
     views = views if size is None else views.scaled_to(size, size)
     cuts = windows(len(views), window)
     parts = [
-        Part(name=_name("", n, len(cuts)), title=root.resolve().name, load=lambda w=w: views.at(slice(*w)))
+        Part(
+            name=_name("", n, len(cuts)), title=root.resolve().name, frames=w[1] - w[0],
+            load=lambda w=w: views.at(slice(*w)),
+        )
         for n, w in enumerate(cuts)
-    ]
-    return Parts(root=root, kind=kind, parts=parts, mended=mended)
+    ]  # fmt: skip
+    size_of = (views.cameras.width, views.cameras.height)
+    return Parts(root=root, kind=kind, parts=parts, views=views.names, size=size_of, mended=mended)
 
 
 def _of_dataset(
@@ -130,12 +141,20 @@ def _of_dataset(
         cuts = windows(meta.length, window)
         parts += [
             Part(
-                name=_name(f"episode_{index:03d}", n, len(cuts)), title=meta.tasks[0],
+                name=_name(f"episode_{index:03d}", n, len(cuts)), title=meta.tasks[0], frames=w[1] - w[0],
                 load=lambda i=index, w=w: load(i, *w),
             )
             for n, w in enumerate(cuts)
         ]  # fmt: skip
-    return Parts(root=root, kind="dataset", parts=parts, mended=mended)
+    height, width = dataset.picture_size(reading.names[0])
+    return Parts(
+        root=root,
+        kind="dataset",
+        parts=parts,
+        views=reading.names,
+        size=square or (width, height),
+        mended=mended,
+    )
 
 
 def _name(episode: str, number: int, count: int) -> str:
@@ -144,7 +163,8 @@ def _name(episode: str, number: int, count: int) -> str:
 
 
 def check_formats(formats: Sequence[str], kind: str) -> None:
-    """ValueError for an unknown format (the closest is named), none, or ``lerobot`` of what is a dataset already."""
+    """ValueError for an unknown format (the closest is named), none, or ``lerobot`` of what is a dataset already;
+    MissingPackage for ``rerun`` without its package."""
     for name in formats:
         if name not in FORMATS:
             raise ValueError(
@@ -156,6 +176,8 @@ def check_formats(formats: Sequence[str], kind: str) -> None:
         raise ValueError(
             "formats: expected lerobot for a capture alone, got it for a dataset; multiview writes one with more views"
         )
+    if "rerun" in formats:
+        import_rerun()
 
 
 def make_scene(
@@ -172,9 +194,9 @@ def make_scene(
     The fit goes on where it was stopped, and once it is finished, other formats are written without fitting again.
 
     page: one HTML file that plays the scene in a browser; ply: one file a frame; film: the Gaussians once
-    (``canonical.ply``) and how they move (``scene.safetensors``); splat: one file a frame; transforms, colmap: the views
-    that were seen, the latter with the scene's Gaussians as points; lerobot: a dataset of those views and
-    `new_views` renders.
+    (``canonical.ply``, in `files` as canonical) and how they move (``scene.safetensors``); splat: one file a frame;
+    rerun: a recording (``scene.rrd``) for its viewer; transforms, colmap: the views that were seen, the latter with the
+    scene's Gaussians as points; lerobot: a dataset of those views and `new_views` renders.
 
     Raises:
         ValueError: another scene in that folder; views that nothing can be made from. OSError: a full disk.
@@ -188,10 +210,10 @@ def make_scene(
     _write_record(folder, bound | {"figures": figures})
     frames = [scene.at(t).detach() for t in range(scene.frames)]
     film = GaussianFilm.from_frames(frames, fps=views.fps, cameras=views.cameras)
-    plain = [name for name in formats if name in ("page", "ply", "film", "splat")]
-    files = export(film, folder, plain, title=part.title)
+    files = export(film, folder, [name for name in formats if name in GAUSSIANS], title=part.title)
     if "film" in formats:
-        write_ply(folder / "canonical.ply", film.canonical, body=bool(film.canonical.body.any()))
+        body = bool(film.canonical.body.any())
+        files["canonical"] = write_ply(folder / "canonical.ply", film.canonical, body=body)
     if "transforms" in formats:
         files["transforms"] = write_transforms(folder / "transforms", views)
     if "colmap" in formats:

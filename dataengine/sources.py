@@ -91,7 +91,7 @@ def open_reading(
     if mend:
         axes, scale = find_conventions(views)
         reading = replace(reading, axes=axes, depth_scale=scale)
-        said = [f"poses are read as {WORDS[axes]}"] * (axes != "opencv")
+        said = [f"poses are read as {WORDS[axes]}, not as {WORDS['opencv']}"] * (axes != "opencv")
         said += [f"depth is multiplied by {scale:.4g}"] * (scale != 1.0)
         views = reading.views(first)
     check(views, f"{dataset.root}: episode {episode}")
@@ -102,15 +102,13 @@ def check(views: Views, label: str, *, least: int = 2, axes: str = "opencv") -> 
     """Raise one ValueError that begins with `label` for views that nothing can be made from."""
     found = find_problems(views, least=least, axes=axes)
     if found:
-        sentences = " | ".join(problem.sentence for problem in found)
-        advice = ", or repair" if all(problem.remedy and problem.kind != "blind" for problem in found) else ""
-        raise ValueError(f"{label}: {sentences}{advice}")
+        raise ValueError(f"{label}: {' | '.join(problem.sentence for problem in found)}")
 
 
 def windows(length: int, longest: int) -> list[tuple[int, int]]:
     """`length` frames cut into as few windows of at most `longest` as can be, all of about one length."""
-    if longest < 1:
-        raise ValueError(f"window: expected at least 1 frame, got {longest}")
+    if length < 1 or longest < 1:
+        raise ValueError(f"window: expected at least 1 frame, got {min(length, longest)}")
     count = -(-length // longest)
     bounds = [i * length // count for i in range(count + 1)]
     return list(itertools.pairwise(bounds))
@@ -131,7 +129,7 @@ def _check_sizes(dataset: EpisodeDataset, names: Sequence[str]) -> None:
     sizes = {name: "{1} x {0}".format(*dataset.picture_size(name)) for name in names}
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"{dataset.root}: expected views of one size, got {sizes}; name views of one size to take"
+            f"{dataset.root}: expected views of one size, got {sizes}; name views of one size (--observed)"
         )
 
 

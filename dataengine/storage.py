@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
     """The JSON value in a file. Raises ValueError in one sentence where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got broken text ({error}); remove the file") from None
 
 

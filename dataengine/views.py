@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -33,7 +34,8 @@ class Views:
         fps: frames per second.
 
     Raises:
-        ValueError: shapes that do not fit each other, images that are no floats in [0, 1].
+        ValueError: shapes that do not fit each other, no frame or no view, images that are no floats in [0, 1] (NaN is
+            left to :func:`dataengine.captures.find_problems`, as it can be repaired), a rate that is not above 0.
     """
 
     cameras: Cameras
@@ -52,6 +54,12 @@ class Views:
             raise ValueError(
                 f"images: expected [T, V, H, W, 3] = {list(wanted)} for these cameras, got {list(self.images.shape)}"
             )
+        if not t or not v:
+            raise ValueError(
+                f"images: expected at least one frame and one view, got {t} of {v}; name frames that are there"
+            )
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps: expected frames per second above 0, got {self.fps!r}")
         if not self.images.is_floating_point() or self.images.amin() < 0 or self.images.amax() > 1:
             raise ValueError(
                 f"images: expected floats in [0, 1], got {self.images.dtype} from {float(self.images.amin()):.3g} to "

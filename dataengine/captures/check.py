@@ -54,7 +54,7 @@ def find_problems(views: Views, *, least: int = 2, axes: str = "opencv") -> list
     Without depth, cameras in parallel get no verdict, a pair is only asked about OpenGL axes, and a rig that looks
     outwards is taken for one with OpenGL axes.
     """
-    found = [*_not_finite(views), *_empty_masks(views)]
+    found = [*not_finite(views), *_empty_masks(views)]
     if len(views.names) < least:
         found.append(
             Problem(
@@ -76,7 +76,8 @@ def check_views(views: Views, *, least: int = 2, axes: str = "opencv") -> None:
         raise ValueError(" | ".join(problem.sentence for problem in found))
 
 
-def _not_finite(views: Views) -> Iterator[Problem]:
+def not_finite(views: Views) -> Iterator[Problem]:
+    """Which of images, depth and confidence hold a NaN or an infinity."""
     for name in ("images", "depth", "confidence"):
         value = getattr(views, name)
         if value is None or bool(torch.isfinite(value).all()):
@@ -86,7 +87,7 @@ def _not_finite(views: Views) -> Iterator[Problem]:
         yield Problem(
             kind="finite",
             sentence=f"{name}: expected finite numbers, got NaN or infinity in {int(bad.sum())} pictures, first in view "
-            f"{views.names[v]!r}, frame {t}; repair sets them to unknown",
+            f"{views.names[v]!r}, frame {t}; repair (--repair) sets them to unknown",
         )
 
 
@@ -165,7 +166,7 @@ def _wrong_axes(views: Views, given: str = "opencv") -> Iterator[Problem]:
     yield Problem(
         kind="axes",
         sentence=f"camera_to_world: expected {expected}, got poses with {scores['opencv'] or 0:.0%} of {what}, and "
-        f"{scores[better]:.0%} when read as {got}: looks like {got}; pass axes={right!r}",
+        f"{scores[better]:.0%} when read as {got}: looks like {got}; read them with axes {right!r}, or repair (--repair)",
         remedy=right,
     )
 
@@ -189,7 +190,8 @@ def _wrong_depth(views: Views) -> Iterator[Problem]:
         yield Problem(
             kind="depth",
             sentence=f"depth: expected the scale of the poses, got one that fits them times {factor:.4g} ({fitting:.0%} "
-            f"of points agree between views then, {given:.0%} as it is); pass depth_scale={factor:.4g} or scale the poses",
+            f"of points agree between views then, {given:.0%} as it is); read it with depth scale {factor:.4g}, repair "
+            "(--repair), or scale the poses",
             remedy=factor,
         )
     elif clear or (given < 0.1 and (counts or far)):
@@ -197,7 +199,7 @@ def _wrong_depth(views: Views) -> Iterator[Problem]:
         yield Problem(
             kind="depth",
             sentence=f"depth: expected metres, got a median of {median:.4g}{', ' + why if counts or far else ''}: looks "
-            "like millimetres; pass depth_scale=0.001",
+            "like millimetres; read it with depth scale 0.001, or repair (--repair)",
             remedy=1e-3,
         )
 
@@ -235,7 +237,7 @@ def _blind_views(views: Views) -> Iterator[Problem]:
         yield Problem(
             kind="blind",
             sentence=f"views: expected every view to overlap another one, got {names} that see nothing of the others; "
-            "check their poses or leave them out with select",
+            "check their poses or name the other views alone (--observed)",
             remedy=names,
         )
 
@@ -252,53 +254,57 @@ def check_points(views: Views, points: NDArray[Any]) -> None:
     if seen.mean() < 0.5:
         raise ValueError(
             f"points3D: expected most points before the cameras, got {1 - seen.mean():.0%} of {len(points)} outside all "
-            "pictures; take points and poses of one model, or pass axes='auto'"
+            "pictures; take points and poses of one model, or read them with axes 'auto'"
         )
 
 
 def repair(
     views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto", least: int = 2,
-    check: bool = True,
+    check: bool = True, given: str = "opencv",
 ) -> tuple[Views, list[str]]:  # fmt: skip
     """Views with what can be put right put right, and a sentence for everything that was changed.
 
     Args:
-        views: poses as somebody wrote them.
+        views: poses as somebody wrote them, read in the axes `given`.
         axes: how they are written, one of :data:`dataengine.captures.geometry.AXES`; ``"auto"`` lets the geometry say.
         depth_scale: what to multiply depth with; ``"auto"``: 0.001 or the factor to the poses where that is plain.
         least: views asked for.
         check: refuse what is left.
+        given: how a reader has read them already, such as ``"opengl"`` for a ``transforms.json``; `axes` then says how the
+            file itself writes them.
 
     Raises:
         ValueError: the sentences of what is left, such as too few views, empty masks, or views that overlap no other.
     """
-    axes, depth_scale = find_conventions(views, axes=axes, depth_scale=depth_scale)
+    axes, depth_scale = find_conventions(views, axes=axes, depth_scale=depth_scale, given=given)
     done = []
     views = _finite(views, done)
-    if axes != "opencv":
-        views = _oriented(views, axes)
-        done.append(f"camera_to_world: read as {geometry.WORDS[axes]}")
+    if axes != given:
+        views = _oriented(views, axes, given)
+        done.append(f"camera_to_world: read as {geometry.WORDS[axes]}, not as {geometry.WORDS[given]}")
     if views.depth is not None and depth_scale != 1.0:
         views = replace(views, depth=views.depth * depth_scale)
         done.append(f"depth: multiplied by {depth_scale:.4g}")
     if check:
-        check_views(views, least=least)
+        check_views(views, least=least, axes=axes)
     return views, done
 
 
 def find_conventions(
-    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto"
+    views: Views, *, axes: str = "auto", depth_scale: float | Literal["auto"] = "auto", given: str = "opencv"
 ) -> tuple[str, float]:
-    """How poses are written and what depth must be multiplied with, as given or, for ``"auto"``, as the geometry says.
+    """How poses that were read in the axes `given` are written and what depth must be multiplied with, as told or, for
+    ``"auto"``, as the geometry says.
 
     Raises ValueError for axes that are not known and a factor that is not above 0.
     """
     geometry.check_axes(axes, "auto")
+    geometry.check_axes(given)
     views = _finite(views, [])
     if axes == "auto":
-        axes = next((p.remedy for p in _wrong_axes(views)), "opencv")
+        axes = next((p.remedy for p in _wrong_axes(views, given)), given)
     if depth_scale == "auto":
-        depth_scale = next((p.remedy for p in _wrong_depth(_oriented(views, axes)) if p.remedy), 1.0)
+        depth_scale = next((p.remedy for p in _wrong_depth(_oriented(views, axes, given)) if p.remedy), 1.0)
     if not 0 < float(depth_scale) < np.inf:
         raise ValueError(
             f"depth_scale: expected a factor above 0, got {depth_scale}; 0.001 turns millimetres into metres"
@@ -306,8 +312,9 @@ def find_conventions(
     return axes, float(depth_scale)
 
 
-def _oriented(views: Views, axes: str) -> Views:
-    poses = geometry.to_opencv(views.cameras.camera_to_world, axes)
+def _oriented(views: Views, axes: str, given: str) -> Views:
+    written = geometry.from_opencv(views.cameras.camera_to_world, given)
+    poses = geometry.to_opencv(written, axes)
     return replace(views, cameras=replace(views.cameras, camera_to_world=poses))
 
 
@@ -414,7 +421,7 @@ def _frame_count(counts: Mapping[str, int], frames: Frames) -> int:
     if counts[few] != counts[many] and frames != "common":
         raise ValueError(
             f"images: expected all views to have the same number of frames, got {counts[many]} of {many!r} and "
-            f"{counts[few]} of {few!r}; pass frames='common' to cut the longer ones, and check with "
+            f"{counts[few]} of {few!r}; cut the longer ones with frames 'common', and check with "
             "estimate_offsets that they start together"
         )
     return counts[few]

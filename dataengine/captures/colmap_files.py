@@ -7,13 +7,15 @@ corner of the first one; binary numbers are little endian.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dataengine.captures.geometry import FAR
 
 MODELS = {  # name -> (number in binary files, count of parameters)
     "SIMPLE_PINHOLE": (0, 3),
@@ -51,7 +53,8 @@ class Image:
 
 
 def make_lens(path: Path, model: str, size: tuple[int, int], parameters: list[float]) -> Lens:
-    """A lens from a COLMAP model's parameters; ValueError for models beyond radial and tangential distortion."""
+    """A lens from a COLMAP model's parameters; ValueError for models beyond radial and tangential distortion, and for
+    numbers that no lens has."""
     if model not in READABLE or len(parameters) != MODELS[model][1]:
         raise ValueError(
             f"{path}: expected a camera model among {', '.join(READABLE)}, got {model} with {len(parameters)} parameters; "
@@ -59,9 +62,25 @@ def make_lens(path: Path, model: str, size: tuple[int, int], parameters: list[fl
         )
     single = model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
     focal, rest = (parameters[:1] * 2, parameters[1:]) if single else (parameters[:2], parameters[2:])
+    if not all(abs(number) < FAR for number in (*parameters, *size)) or min(focal) < 1 / FAR or min(size) < 1:
+        raise ValueError(
+            f"{path}: expected pictures of at least 1 pixel, focal lengths above 0 and finite numbers, got {model} of "
+            f"{size[0]} x {size[1]} with {parameters}; reconstruct again"
+        )
     intrinsics = np.array([[focal[0], 0, rest[0]], [0, focal[1], rest[1]], [0, 0, 1]])
     distortion = (*rest[2:], 0.0, 0.0, 0.0)[:4] if len(rest) > 2 else ()
     return Lens(intrinsics=intrinsics, size=size, distortion=distortion)
+
+
+def make_image(path: Path, name: str, camera: int, pose: Sequence[float]) -> Image:
+    """A registered picture from quaternion wxyz and translation; ValueError for numbers that no pose has."""
+    sound = len(pose) == 7 and all(abs(number) < FAR for number in pose) and any(pose[:4])
+    if not sound or not name.isprintable():
+        raise ValueError(
+            f"{path}: expected a quaternion that is not 0, a translation and a name, got {list(pose)} of {name!r}; "
+            "reconstruct again or leave this picture out"
+        )
+    return Image(name=name, camera=camera, pose=pose_matrix(pose[:4], pose[4:]))
 
 
 def pose_matrix(quaternion: Any, translation: Any) -> NDArray[np.float64]:
@@ -117,7 +136,7 @@ def read_model(
             continue
         try:
             results.append(reader(path))
-        except (struct.error, IndexError, ValueError) as error:
+        except (struct.error, IndexError, OverflowError, ValueError) as error:
             if str(error).startswith(str(path)):
                 raise
             raise ValueError(
@@ -174,20 +193,33 @@ def _binary_images(path: Path) -> list[Image]:
         _, *pose, camera = file.take("i7di")
         name = file.word()
         file.skip(24 * file.take("Q")[0])
-        images.append(Image(name=name, camera=camera, pose=pose_matrix(pose[:4], pose[4:])))
+        images.append(make_image(path, name, camera, pose))
     return images
 
 
 def _binary_points(path: Path) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     file = _Bytes(path)
     count = file.take("Q")[0]
-    points, colors = [], []
+    points = []
     for _ in range(count):
         _, x, y, z, r, g, b, _, track = file.take("Q3d3BdQ")
         file.skip(8 * track)
-        points.append((x, y, z))
-        colors.append((r, g, b))
-    return np.reshape(np.array(points, np.float64), (-1, 3)), np.reshape(np.array(colors, np.uint8), (-1, 3))
+        points.append((x, y, z, r, g, b))
+    return _cloud(path, points)
+
+
+def _cloud(path: Path, rows: Sequence[Sequence[float]]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """Points and their colours from rows of six numbers each."""
+    short = [n for n, row in enumerate(rows) if len(row) != 6]
+    values = np.reshape(np.array([] if short else rows, np.float64), (-1, 6))
+    colors = values[:, 3:]
+    wrong = short or np.flatnonzero(~(np.abs(values) < FAR).all(1) | ((colors < 0) | (colors > 255)).any(1))
+    if len(wrong):
+        raise ValueError(
+            f"{path}: expected three finite numbers and three bytes as point {wrong[0]}, got {list(rows[wrong[0]])}; copy "
+            "the file again"
+        )
+    return values[:, :3], values[:, 3:].astype(np.uint8)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -223,15 +255,13 @@ def _text_images(path: Path) -> list[Image]:
             continue
         words = lines[n].split(maxsplit=9)
         pose = _floats(path, words[1:8])
-        images.append(Image(name=words[9], camera=int(words[8]), pose=pose_matrix(pose[:4], pose[4:])))
+        images.append(make_image(path, words[9], int(words[8]), pose))
         n += 2  # the second line holds the image's keypoints, and may be empty
     return images
 
 
 def _text_points(path: Path) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    rows = [_floats(path, line.split()[1:7]) for line in filter(None, _lines(path))]
-    values = np.reshape(np.array(rows, np.float64), (-1, 6))
-    return values[:, :3], values[:, 3:].astype(np.uint8)
+    return _cloud(path, [_floats(path, line.split()[1:7]) for line in filter(None, _lines(path))])
 
 
 _BINARY: tuple[Any, ...] = (_binary_cameras, _binary_images, _binary_points)

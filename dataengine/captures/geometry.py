@@ -18,6 +18,7 @@ AXES: tuple[str, ...] = get_args(Axes)
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # y up, z back to y down, z forward; its own inverse
 
 PARALLEL = 0.0075  # smallest eigenvalue of the focus system for two axes 10 degrees apart
+FAR = 1e15  # what no number of a capture reaches
 SAMPLES, PAIRS = 250, 20
 CLOSE = 0.05  # two depths of one point agree within 5 %
 SCALES = np.geomspace(1e-4, 1e4, 161)
@@ -57,10 +58,20 @@ def to_opencv(poses: NDArray[Any], axes: str) -> Array:
     return poses @ OPENGL if axes.startswith("opengl") else poses
 
 
+def from_opencv(poses: NDArray[Any], axes: str) -> Array:
+    """Poses ``[..., 4, 4]``, camera to world with OpenCV axes, as `axes` writes them: undoes :func:`to_opencv`."""
+    check_axes(axes)
+    poses = np.asarray(poses, np.float64)
+    poses = poses @ OPENGL if axes.startswith("opengl") else poses
+    return inverse(poses) if "world_to_camera" in axes else poses
+
+
 def compose_axes(first: str, second: str) -> str:
-    """The way of writing that equals two readings one after the other, but for a turn of the world."""
-    inverted = ("world_to_camera" in first) != ("world_to_camera" in second)
-    turned = first.startswith("opengl") != second.startswith("opengl")
+    """The way of writing that equals two readings one after the other, but for a turn of the world: a second reading that
+    inverts brings the axes that the first one turned to the side of the world."""
+    back = "world_to_camera" in second
+    inverted = ("world_to_camera" in first) != back
+    turned = (first.startswith("opengl") and not back) != second.startswith("opengl")
     return {(0, 0): "opencv", (0, 1): "opengl", (1, 0): "world_to_camera", (1, 1): "opengl_world_to_camera"}[
         inverted, turned
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def find_picture(path: Path) -> Path:
     tries = [path] if path.suffix else []
     tries += [path.with_name(path.name + suffix) for suffix in SUFFIXES]
     for candidate in tries:
-        if candidate.is_file():
+        if os.path.isfile(
+            candidate
+        ):  # unlike Path.is_file, without an error for a name that no file can have
             return candidate
     raise FileNotFoundError(
         f"{path}: expected a picture that the capture names, found none; copy it there or correct the name"
@@ -50,10 +53,10 @@ def read_depth(path: Path, scale: float | None = None) -> NDArray[np.float32]:
             raise FileNotFoundError(
                 f"{path}: expected a depth map that the capture names, found none; copy it there"
             )
-        raw = np.squeeze(np.load(path, allow_pickle=False))
+        raw = _load(path)
     else:
         raw = _read(path)
-    if raw.ndim != 2 or raw.dtype == np.uint8:
+    if raw.ndim != 2 or raw.dtype == np.uint8 or raw.dtype.kind not in "iuf":
         raise ValueError(
             f"{path}: expected depth as one channel of 16-bit integers or floats, got {raw.dtype} {list(raw.shape)}; a "
             "picture for the eye holds no depth"
@@ -63,15 +66,30 @@ def read_depth(path: Path, scale: float | None = None) -> NDArray[np.float32]:
     return np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0))
 
 
+def _load(path: Path) -> NDArray[Any]:
+    """The array in a .npy file without axes of length 1."""
+    try:
+        return np.squeeze(np.lib.format.open_memmap(path, mode="r"))
+    except (ValueError, EOFError, TypeError, SyntaxError) as error:
+        raise ValueError(
+            f"{path}: expected an array that numpy saved, got a file that cannot be read ({error}); write it again"
+        ) from None
+
+
 def read_mask(path: Path) -> NDArray[np.float32]:
     """What a pixel counts, in [0, 1], ``[H, W]``: black is left out."""
     raw = _read(path)
     raw = raw[..., 0] if raw.ndim == 3 else raw
+    if raw.dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected a mask of 8 or 16 bits, got {raw.dtype}; convert it to png")
     return raw.astype(np.float32) / (1.0 if raw.max() <= 1 else np.iinfo(raw.dtype).max)
 
 
 def read_ids(path: Path) -> NDArray[np.int32]:
     """Ids ``[H, W]`` as :func:`write_ids` wrote them."""
+    path = find_picture(path)
+    if _read(path).ndim != 2:
+        raise ValueError(f"{path}: expected ids as one channel, got a picture in colour; write 16-bit png")
     return decode_ids(path.read_bytes())
 
 

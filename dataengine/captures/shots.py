@@ -97,7 +97,8 @@ def check_hands(poses: NDArray[Any], labels: Sequence[str]) -> None:
         first = labels[int(left.argmax())]
         raise ValueError(
             f"{first}: expected a right-handed pose (det +1), got a left-handed one (det -1), as {int(left.sum())} of "
-            f"{len(left)} are; flip its {axis} axis, which probably {what}: flip({axis!r}, pose)"
+            f"{len(left)} are; flip its {axis} axis, which probably {what}: change the signs of that column of its "
+            "camera-to-world matrix"
         )
 
 
@@ -205,7 +206,7 @@ def arrange(shots: Sequence[Shot], frames: Frames) -> tuple[list[str], list[list
         few, many = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
         raise ValueError(
             f"frames: expected all cameras to have the same moments, got {counts[many]} of {many!r} and {counts[few]} of "
-            f"{few!r} with {len(shared)} shared; pass frames='common' to cut to those"
+            f"{few!r} with {len(shared)} shared; cut to those with frames 'common' (--common-frames)"
         )
     if not shared:
         raise ValueError(

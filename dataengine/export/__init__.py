@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dataengine.cameras import Cameras
 from dataengine.errors import closest
+from dataengine.export.checks import remove_other_frames
 from dataengine.export.film import GaussianFilm, as_film, read_film, write_film
 from dataengine.export.page import write_page
 from dataengine.export.ply import read_ply, read_ply_sequence, write_ply, write_ply_sequence
@@ -80,8 +81,11 @@ def export(
             case "ply":
                 written[name] = write_ply_sequence(folder / "ply", film, fps=film.fps)[-1].parent
             case "splat":
-                for t in range(len(film)):
+                paths = [
                     write_splat(folder / "splat" / f"frame_{t:04d}.splat", film.at(t))
+                    for t in range(len(film))
+                ]
+                remove_other_frames(paths)
                 written[name] = folder / "splat"
             case "film":
                 written[name] = write_film(folder / "scene.safetensors", film)

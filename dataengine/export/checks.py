@@ -1,8 +1,10 @@
-"""What every writer asks of Gaussians before it opens a file."""
+"""What every writer asks of Gaussians before it opens a file, and clears away after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from dataengine.gaussians import Gaussians
 
@@ -47,3 +49,11 @@ def check_frames(frames: Iterable[Gaussians]) -> list[Gaussians]:
     if not checked:
         raise ValueError("frames: expected at least one frame of Gaussians, got none")
     return checked
+
+
+def remove_other_frames(written: Sequence[Path]) -> None:
+    """Remove from the folder of the frames `written`, named ``frame_0000`` and on, all frames that are not of them."""
+    folder, suffix = written[0].parent, written[0].suffix
+    for path in folder.glob(f"frame_*{suffix}"):
+        if re.fullmatch(r"frame_\d{4,}", path.stem) and path not in written:
+            path.unlink()

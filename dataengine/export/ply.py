@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dataengine.export.checks import check_finite
+from dataengine.export.checks import check_finite, remove_other_frames
 from dataengine.gaussians import Gaussians
 from dataengine.storage import AnyPath, atomic_write, read_json, write_json
 
@@ -99,12 +99,12 @@ def read_ply(path: AnyPath, *, size: float | None = None) -> Gaussians:
 def write_ply_sequence(folder: AnyPath, frames: Iterable[Gaussians], *, fps: float = 10.0) -> list[Path]:
     """Write frame_0000.ply and so on and, last, playlist.json with `fps` and their names; return the files.
 
-    Frames of an earlier, longer sequence in the same folder are removed, as viewers play every file they find.
+    Frames of an earlier, longer sequence in the same folder are removed, whether it was finished or not, as viewers play
+    every file they find.
     Raises ValueError as ``write_ply`` and where there are no frames, OSError on a full disk.
     """
     folder = Path(folder)
     check_fps(fps)
-    stale = set(_listed(folder)) if (folder / PLAYLIST).is_file() else set()
     paths = [
         write_ply(folder / f"frame_{t:04d}.ply", frame, body=bool(frame.body.any()))
         for t, frame in enumerate(frames)
@@ -114,8 +114,7 @@ def write_ply_sequence(folder: AnyPath, frames: Iterable[Gaussians], *, fps: flo
     names = [path.name for path in paths]
     playlist = {"format": PLAYLIST_FORMAT, "version": 1, "fps": fps, "frames": names}
     write_json(folder / PLAYLIST, playlist)
-    for name in stale - set(names):
-        (folder / name).unlink(missing_ok=True)
+    remove_other_frames(paths)
     return [*paths, folder / PLAYLIST]
 
 
@@ -135,7 +134,7 @@ def read_ply_sequence(folder: AnyPath) -> tuple[list[Gaussians], float]:
     return [read_ply(folder / name) for name in names], fps
 
 
-def check_fps(fps: float) -> None:
+def check_fps(fps: Any) -> None:
     """Raise ValueError unless `fps` is a finite number above 0."""
     if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps: expected frames per second above 0, got {fps!r}")
@@ -147,11 +146,17 @@ def _listed(folder: Path) -> list[str]:
     playlist = read_json(path)
     if not isinstance(playlist, dict) or playlist.get("format") != PLAYLIST_FORMAT:
         raise ValueError(f"{path}: expected a playlist of format {PLAYLIST_FORMAT!r}, got another; remove it")
-    listed, fps = playlist.get("frames"), playlist.get("fps")
+    listed = playlist.get("frames")
     names: list[Any] = listed if isinstance(listed, list) else [None]
-    plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    if not plain or not isinstance(fps, (int, float)) or not fps > 0:
-        raise ValueError(f"{path}: expected frames, a list of file names, and fps above 0; write it again")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.ply", name, re.IGNORECASE):
+            raise ValueError(
+                f"{path}: expected frames, a list of .ply files in this folder, got {name!r}; write it again"
+            )
+    try:
+        check_fps(playlist.get("fps"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; write it again") from None
     return names
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dataengine import rotations
 from dataengine.cameras import Cameras
+from dataengine.errors import MissingPackage
 from dataengine.export.film import FIXED, GaussianFilm, as_film
 from dataengine.gaussians import Gaussians
 from dataengine.storage import AnyPath, atomic_write
@@ -83,10 +84,7 @@ def log_rerun(
     Raises:
         ImportError: rerun-sdk is missing. ValueError: as ``GaussianFilm.from_frames``. OSError: a full disk.
     """
-    try:
-        import rerun
-    except ImportError as error:
-        raise _missing("rerun-sdk", error) from error
+    rerun = import_rerun()
     film = as_film(frames, fps, cameras)
     recording = rerun.RecordingStream(name)
     if path is None:
@@ -101,8 +99,19 @@ def log_rerun(
     return Path(path)
 
 
-def _missing(package: str, error: ImportError) -> ImportError:
-    return ImportError(f"{package}: expected the package, got {error}; run pip install 'enerverse[viewer]'")
+def import_rerun() -> Any:
+    """The package rerun; MissingPackage, an ImportError in one sentence, where it is not installed."""
+    try:
+        import rerun
+    except ImportError as error:
+        raise _missing("rerun-sdk", error) from error
+    return rerun
+
+
+def _missing(package: str, error: ImportError) -> MissingPackage:
+    return MissingPackage(
+        f"{package}: expected the package, got {error}; run pip install 'enerverse[viewer]'"
+    )
 
 
 def _for_viser(gaussians: Gaussians) -> dict[str, NDArray[Any]]:

@@ -17,6 +17,13 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
+def expect(seconds: float, workers: int = 1) -> str:
+    """How long work may take: `about 3 minutes on one core`."""
+    from dataengine.progress import about
+
+    return f"{about(seconds / workers)} on {'one core' if workers == 1 else f'{workers} cores'}"
+
+
 def command(words: str, **flags: Any) -> str:
     """A command line to paste: `words`, then the flags that are not None; True stands for a flag without a value."""
     line = [words]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from enerverse.cli.failures import same_command
-from enerverse.cli.messages import announce, command, count
+from enerverse.cli.messages import announce, command, count, expect
 from enerverse.cli.simulator import check_seed
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class Multiview:
         episodes = choose_episodes(dataset, self.episodes or None)
         reading, mended = read_as(dataset, settings, episodes[0])
         new = settings.new_cameras(reading.cameras(dataset, episodes[0])).names
-        self._announce(dataset, generator, (reading.names, new), mended, len(episodes))
+        expected = self._expect(dataset, settings, (reading.names, new), episodes, generator is not None)
+        self._announce(dataset, generator, (reading.names, new), [expected, *mended], len(episodes))
         with same_command(self.out):
             report = multiview(
                 dataset,
@@ -86,6 +87,23 @@ class Multiview:
         print("\n".join(describe(report, self.out, 0 if generator is None else self.rounds)))
         print(f"next: {command('enerverse train autoencoder', data=self.out, out='runs/mine')}")
         print(f"scene in a browser: {self._scene()}")
+
+    def _expect(
+        self, dataset: EpisodeDataset, settings: Settings, views: tuple[tuple[str, ...], ...],
+        episodes: Sequence[int], repaired: bool,
+    ) -> str:  # fmt: skip
+        """How long it may take, were nothing done yet."""
+        from dataengine.progress import fit_seconds
+        from dataengine.sources import windows
+
+        seen, new = views
+        wheel, (height, width) = settings.flywheel, dataset.picture_size(seen[0])
+        pixels = height * width if self.image_size is None else self.image_size**2
+        fits = [(wheel.start.fit.steps, len(seen))]
+        fits += [(wheel.refit.steps, len(seen) + len(new))] * wheel.rounds * repaired
+        cuts = [cut for index in episodes for cut in windows(dataset.lengths[index], self.window)]
+        seconds = sum(fit_seconds(*plan, stop - start, pixels) for start, stop in cuts for plan in fits)
+        return expect(seconds, self.workers)
 
     def _scene(self) -> str:
         return command(
@@ -143,7 +161,7 @@ class Multiview:
 
     def _announce(
         self, dataset: EpisodeDataset, generator: Generator | None, views: tuple[tuple[str, ...], ...],
-        mended: list[str], episodes: int,
+        more: list[str], episodes: int,
     ) -> None:  # fmt: skip
         seen, new = views
         repaired = "as they are" if generator is None else f"repaired by {generator.name}"
@@ -151,7 +169,7 @@ class Multiview:
             f"multiview: {count(episodes, 'episode')} of {dataset.root}, {count(len(new), 'new view')} beside "
             f"{', '.join(seen)}",
             f"scenes of at most {count(self.window, 'frame')}, {count(self.steps, 'step')} each; renders {repaired}",
-            *mended[:2],
+            *more[:3],
             f"into {self.out}; Ctrl-C keeps finished episodes, the same command goes on",
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from enerverse.cli.messages import announce, command, count
+from enerverse.cli.messages import announce, command, count, expect
 from enerverse.cli.simulator import check_seed
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Reconstruct:
     episodes: tuple[int, ...] = (0,)
     """Which episodes of a dataset."""
     formats: tuple[str, ...] = ("page",)
-    """Some of page, ply, film, splat, transforms, colmap and, for a capture, lerobot."""
+    """Some of page, ply, film, splat, rerun (extra `viewer`), transforms, colmap and, for a capture, lerobot."""
     observed: tuple[str, ...] = ()
     """Views to fit to; when not given, all that have poses."""
     motion: str = "auto"
@@ -90,9 +90,17 @@ class Reconstruct:
         ]
         announce(
             f"reconstruct: {count(len(found.parts), 'scene')} of the {what} {found.root}, "
-            f"{count(self.steps, 'step')} each",
+            f"{count(self.steps, 'step')} each; {self._expect(found)}",
             *found.mended[:3],
             f"into {self.out} as {', '.join(self.formats)}; stopped, the same command goes on",
+        )
+
+    def _expect(self, found: Parts) -> str:
+        from dataengine.progress import fit_seconds
+
+        pixels, views = found.size[0] * found.size[1], len(found.views)
+        return expect(
+            sum(fit_seconds(self.steps, views, part.frames, pixels) for part in found.parts), self.workers
         )
 
     def _next(self, found: Parts) -> str:

@@ -9,13 +9,8 @@ import torch
 
 from dataengine.cameras import Cameras
 from dataengine.captures import build_views, check_views, find_problems, flip, repair
-from dataengine.captures.geometry import AXES, OPENGL, compose_axes, inverse, to_opencv
-
-
-def written(poses, axes):
-    """OpenCV camera-to-world as somebody with other habits writes it."""
-    poses = poses @ OPENGL if axes.startswith("opengl") else poses
-    return inverse(poses) if "world_to_camera" in axes else poses
+from dataengine.captures.geometry import AXES, OPENGL, WORDS, compose_axes, to_opencv
+from dataengine.captures.geometry import from_opencv as written
 
 
 def with_poses(views, poses):
@@ -42,7 +37,32 @@ def test_conversions_undo_each_other(make_scene, axes):
     poses = make_scene().cameras.camera_to_world
     np.testing.assert_allclose(to_opencv(written(poses, axes), axes), poses, atol=1e-12)
     assert compose_axes(axes, "opencv") == axes
-    assert compose_axes(axes, axes) == "opencv"
+
+
+@pytest.mark.parametrize("first", AXES)
+@pytest.mark.parametrize("second", AXES)
+def test_two_readings_are_one_but_for_a_turn_of_the_world(make_scene, first, second):
+    poses = make_scene().cameras.camera_to_world
+    twice = to_opencv(to_opencv(poses, first), second)
+    once = to_opencv(poses, compose_axes(first, second))
+    turns = twice @ np.linalg.inv(once)
+    np.testing.assert_allclose(turns, turns[:1].repeat(len(turns), 0), atol=1e-12)
+
+
+@pytest.mark.parametrize("given", AXES)
+@pytest.mark.parametrize("axes", AXES)
+def test_repairs_speak_of_the_file_whatever_it_was_read_as(make_scene, given, axes):
+    """The poses that come out are those in the file's own world, not in one turned by the first reading."""
+    sound = make_scene(2)
+    true = sound.cameras.camera_to_world
+    read = with_poses(sound, to_opencv(written(true, axes), given))
+    again, done = repair(read, given=given)
+    np.testing.assert_allclose(again.cameras.camera_to_world, true, atol=1e-9)
+    assert done == [f"camera_to_world: read as {WORDS[axes]}, not as {WORDS[given]}"] * (axes != given)
+    told, _ = repair(read, axes=axes, given=given)
+    np.testing.assert_allclose(told.cameras.camera_to_world, true, atol=1e-9)
+    advice = f"looks like {WORDS[axes]}; read them with axes {axes!r}, or repair (--repair)"
+    assert [p.sentence.endswith(advice) for p in find_problems(read, axes=given)] == [True] * (axes != given)
 
 
 @pytest.mark.parametrize("depth", [1.0, 1000.0, None])
@@ -59,13 +79,13 @@ def test_other_axes_are_named_and_repaired(make_scene, axes, names, depth):
         return
     found = [p for p in find_problems(views) if p.kind == "axes"]
     words = {
-        "opengl": "looks like OpenGL axes (y up, z back); pass axes='opengl'",
-        "world_to_camera": "looks like world-to-camera matrices; pass axes='world_to_camera'",
-        "opengl_world_to_camera": "looks like world-to-camera matrices with OpenGL axes (y up, z back); pass "
-        "axes='opengl_world_to_camera'",
+        "opengl": "looks like OpenGL axes (y up, z back); read them with axes 'opengl'",
+        "world_to_camera": "looks like world-to-camera matrices; read them with axes 'world_to_camera'",
+        "opengl_world_to_camera": "looks like world-to-camera matrices with OpenGL axes (y up, z back); read them with "
+        "axes 'opengl_world_to_camera'",
     }
     assert found[0].remedy == axes
-    assert found[0].sentence.endswith(words[axes])
+    assert found[0].sentence.endswith(words[axes] + ", or repair (--repair)")
     again, done = repair(views)
     np.testing.assert_allclose(again.cameras.camera_to_world, sound.cameras.camera_to_world, atol=1e-9)
     assert done[0].startswith("camera_to_world: read as")
@@ -108,10 +128,10 @@ def test_numbers_that_are_not_finite(make_scene):
     bad = replace(views, images=images, depth=depth)
     sentences = [str(p) for p in find_problems(bad) if p.kind == "finite"]
     assert sentences == [
-        "images: expected finite numbers, got NaN or infinity in 1 pictures, first in view 'top', frame 1; repair sets "
-        "them to unknown",
-        "depth: expected finite numbers, got NaN or infinity in 1 pictures, first in view 'left', frame 0; repair sets "
-        "them to unknown",
+        "images: expected finite numbers, got NaN or infinity in 1 pictures, first in view 'top', frame 1; repair "
+        "(--repair) sets them to unknown",
+        "depth: expected finite numbers, got NaN or infinity in 1 pictures, first in view 'left', frame 0; repair "
+        "(--repair) sets them to unknown",
     ]
     again, done = repair(bad)
     assert find_problems(again) == []
@@ -143,7 +163,8 @@ def test_depth_in_millimetres(make_scene, whole):
     found = find_problems(bad)
     assert [p.remedy for p in found] == [1e-3]
     assert re.fullmatch(
-        r"depth: expected metres, got a median of 1\d\d\d.*looks like millimetres; pass depth_scale=0\.001",
+        r"depth: expected metres, got a median of 1\d\d\d.*looks like millimetres; read it with depth scale 0\.001, or "
+        r"repair \(--repair\)",
         str(found[0]),
     )
     again, done = repair(bad)
@@ -242,7 +263,7 @@ def test_left_handed_poses_name_the_axis(make_scene, axis, guess):
 BAD = {
     "frames": (
         lambda a: a["images"].update(left=a["images"]["left"][:2]),
-        "images: expected all views to have the same number of frames, got 3 of 'front' and 2 of 'left'; pass",
+        "images: expected all views to have the same number of frames, got 3 of 'front' and 2 of 'left'; cut",
     ),
     "missing": (
         lambda a: a["poses"].pop("top"),

@@ -186,6 +186,58 @@ def test_bad_models(tmp_path, make_scene):
         read_colmap(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "sentence"),
+    [
+        ("cameras", "PINHOLE 48", "PINHOLE 0", r"cameras\.txt: expected pictures of at least 1 pixel, .* of 0 x 40"),
+        ("cameras", "52.0", "-52.0", r"cameras\.txt: expected .* focal lengths above 0"),
+        ("cameras", "52.0", "nan", r"cameras\.txt: expected .* finite numbers, got PINHOLE"),
+        ("images", "QUATERNION", "0 0 0 0", r"images\.txt: expected a quaternion that is not 0, .* of 'front/000000.png'"),
+        ("images", "QUATERNION", "inf 0 0 0", r"images\.txt: expected a quaternion that is not 0"),
+        ("images", "QUATERNION", "one 0 0 0", r"images\.txt: expected numbers, got 'one 0 0 0"),
+        ("images", "front/", "fr\0nt/", r"images\.txt: expected a quaternion that is not 0, a translation and a name"),
+        ("points3D", " 0 0 255", " 0 0 256", r"points3D\.txt: expected three finite numbers and three bytes as point 0"),
+        ("points3D", " 0 0 255 0", "", r"points3D\.txt: expected three finite numbers and three bytes as point 0"),
+        ("points3D", "0.25", "nan", r"points3D\.txt: expected three finite numbers and three bytes as point 0"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_named(tmp_path, make_scene, file, old, new, sentence):
+    place = write_colmap(tmp_path, make_scene(), np.full((2, 3), 0.25), np.tile([0, 0, 255], (2, 1)))
+    path = place / f"{file}.txt"
+    text = path.read_text()
+    if old == "QUATERNION":
+        old = " ".join(text.splitlines()[2].split()[1:5])
+    assert old in text
+    path.write_text(text.replace(old, new, 1 if file != "points3D" else -1))
+    with pytest.raises(ValueError, match=sentence):
+        read_colmap(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".bin"])
+@pytest.mark.parametrize("file", ["cameras", "images", "points3D"])
+def test_whatever_is_damaged_comes_out_as_views_or_a_sentence(tmp_path, make_scene, suffix, file):
+    views = make_scene(1, ("front", "left")).scaled_to(12, 10)
+    place = write_colmap(tmp_path, views, np.zeros((12, 3)))
+    if suffix == ".bin":
+        binary_model(place, views)
+    path = place / f"{file}{suffix}"
+    good, draw = path.read_bytes(), np.random.default_rng(0)
+    odd = [b"", b"nan", b" x ", b" 0 ", b"\0" * 8, b"\xff" * 8, b"\n", struct.pack("<d", np.inf), b"9" * 400]
+    for _ in range(60):
+        start = int(draw.integers(len(good)))
+        end = start + int(draw.choice([1, 4, 8, len(good)]))
+        path.write_bytes(good[:start] + odd[draw.integers(len(odd))] + good[end:])
+        assert "expected" in outcome(tmp_path)
+
+
+def outcome(folder):
+    """The sentence with which a model is refused; the words expected of one that is read."""
+    try:
+        return f"expected {read_colmap(folder)[0].names}"
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+
+
 def test_points_of_another_model_are_noticed(tmp_path, make_scene):
     write_colmap(tmp_path, make_scene(), np.full((20, 3), 50.0))
     with pytest.raises(
@@ -207,7 +259,7 @@ def test_camera_to_world_in_the_model_is_noticed(tmp_path, make_scene):
     write_colmap(tmp_path, replace(views, cameras=wrong))
     with pytest.raises(
         ValueError,
-        match="expected world-to-camera matrices, .* looks like OpenCV axes .*; pass axes='opencv'",
+        match="expected world-to-camera matrices, .* looks like OpenCV axes .*; read them with axes 'opencv'",
     ):
         read_colmap(tmp_path)
     again, _, _ = read_colmap(tmp_path, axes="opencv")

@@ -189,11 +189,74 @@ BAD = {
         2,
         r"transforms\.json: expected file_path in frame 2, got none; remove the frame",
     ),
+    "frames by name": (
+        spoil(frames={"a": {}}),
+        None,
+        r"transforms\.json: expected a list 'frames' with at least one picture, got dict; is it a transforms.json",
+    ),
+    "no object": (
+        lambda v: v["frames"].__setitem__(4, "left.png"),
+        None,
+        r"transforms\.json: expected an object as frame 4, got str; remove it or describe its picture",
+    ),
+    "no text": (
+        spoil(file_path=3),
+        1,
+        r"transforms\.json, frame 1: expected the name of a file as file_path, got 3",
+    ),
+    "depth": (spoil(depth_file_path=[1]), 1, "frame 1, .*name of a file as depth_file_path"),
+    "word": (
+        spoil(fl_x="52"),
+        1,
+        r"transforms\.json, frame 1, images.left.000000\.png: expected a focal length in pixels above 0 as fl_x, "
+        "got '52'; correct it",
+    ),
+    "zero": (
+        spoil(fl_x=0),
+        2,
+        "frame 2, .*: expected a focal length in pixels above 0 as fl_x, got 0; correct it",
+    ),
+    "negative": (
+        spoil(fl_y=-52.0),
+        2,
+        "frame 2, .*: expected a focal length in pixels above 0 as fl_y, got -52.0",
+    ),
+    "no number": (spoil(cx=float("nan")), 5, "frame 5, .*: expected a finite number as cx, got nan"),
+    "wide": (
+        lambda e: [e.pop("fl_x"), e.pop("fl_y"), e.update(camera_angle_x=3.5)],
+        0,
+        "frame 0, .*: expected an angle in radians between 0 and pi as camera_angle_x, got 3.5",
+    ),
+    "side": (spoil(w=0), 0, "frame 0, .*: expected a number of pixels as w, got 0"),
+    "bend": (spoil(k1=[0.1]), None, r"frame 0, .*: expected a finite number as k1, got \[0.1\]"),
+    "when": (spoil(time="now"), 3, "frame 3, .*: expected a time in seconds as time, got 'now'"),
+    "fps": (spoil(fps=0), None, r"transforms\.json: expected a number above 0 as fps, got 0; correct it"),
+    "unit": (
+        spoil(integer_depth_scale="mm"),
+        None,
+        r"transforms\.json: expected a number above 0 as integer_depth_scale, got 'mm'; correct it",
+    ),
+    "no matrix": (
+        spoil(transform_matrix=None),
+        4,
+        "frame 4, .*left.000001.png: expected 4 rows of 4 numbers as transform_matrix, got None; correct it",
+    ),
+    "words": (
+        spoil(transform_matrix=[["1", 0, 0, 0]] * 4),
+        1,
+        "frame 1, .*: expected 4 rows of 4 numbers as transform_",
+    ),
+    "ragged": (
+        spoil(transform_matrix=[[1, 0, 0, 0], [0, 1]]),
+        1,
+        "frame 1, .*: expected 4 rows of 4 finite numbers as transform_matrix, got",
+    ),
     "no frames": (spoil(frames=[]), None, "expected a list 'frames' with at least one picture, got none"),
     "nan": (
         lambda e: e["transform_matrix"][0].__setitem__(3, float("nan")),
         0,
-        r"front.000000\.png: expected a pose of 4 x 4 finite numbers, got NaN or infinity; leave this picture out",
+        r"transforms\.json, frame 0, .*front.000000\.png: expected a pose of 4 x 4 finite numbers, got NaN or infinity; "
+        "leave this picture out",
     ),
     "shape": (
         spoil(transform_matrix=[[1, 0, 0, 0]]),
@@ -210,7 +273,8 @@ BAD = {
             transform_matrix=(np.array(e["transform_matrix"]) @ np.diag([-1.0, 1, 1, 1])).tolist()
         ),
         0,
-        "expected a right-handed pose .det .1., got a left-handed one .det -1., as 1 of 6 are; flip its [xyz] axis",
+        "expected a right-handed pose .det .1., got a left-handed one .det -1., as 1 of 6 are; flip its [xyz] axis, .*: "
+        "change the signs of that column of its camera-to-world matrix",
     ),
     "cropped": (
         spoil(w=80),
@@ -226,8 +290,8 @@ BAD = {
     "unequal": (
         lambda v: v["frames"].pop(),
         None,
-        "frames: expected all cameras to have the same moments, got 2 of 'front' and 1 of 'top' with 1 shared; pass "
-        "frames='common'",
+        "frames: expected all cameras to have the same moments, got 2 of 'front' and 1 of 'top' with 1 shared; cut to "
+        r"those with frames 'common' \(--common-frames\)",
     ),
     "provenance": (
         spoil(provenance="seen"),
@@ -243,6 +307,69 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path, make_scene, name):
     change, frame, sentence = BAD[name]
     edit(tmp_path, change, frame)
     with pytest.raises(ValueError, match=sentence):
+        read_transforms(tmp_path)
+
+
+ODD = [None, "", "x", 0, -1, 1e308, float("nan"), float("inf"), 10**400, True, [], {}, [[None] * 4] * 4, "a\0b", "/", "..",
+       1e-320, "images", "depth/front/000000.png", "transforms.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["file_path", "depth_file_path", "mask_path", "segmentation_path", "transform_matrix", "w",
+    "fl_x", "camera_angle_x", "cx", "k1", "time", "camera", "camera_model", "provenance", "fps", "depth_unit_scale_factor",
+    "frames"])  # fmt: skip
+def test_whatever_a_file_says_comes_out_as_views_or_a_sentence(tmp_path, make_scene, key):
+    views = make_scene(1, ("front", "left")).scaled_to(12, 10)
+    path = write_transforms(tmp_path, replace(views, confidence=torch.ones_like(views.depth)))
+    good = path.read_text()
+    for value in ODD:
+        for everywhere in (False, True):
+            values = json.loads(good)
+            for entry in values["frames"]:
+                entry.update({key: value} if everywhere or entry is values["frames"][1] else {})
+                if key == "camera_angle_x":
+                    entry.pop("fl_x")
+                    entry.pop("fl_y")
+            path.write_text(json.dumps(values | ({key: value} if everywhere else {})))
+            assert "expected" in outcome(tmp_path), value
+
+
+def outcome(folder):
+    """The sentence with which a capture is refused; the words expected of one that is read."""
+    try:
+        return f"expected {read_transforms(folder).names}"
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+
+
+def test_damaged_depth_and_ids_are_named(tmp_path, make_scene):
+    write_transforms(tmp_path, make_scene())
+    depth = tmp_path / "depth.npy"
+    edit(tmp_path, spoil(depth_file_path="depth.npy"), 1)
+    np.save(tmp_path / "whole.npy", np.ones((40, 48)))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    for content in (
+        b"",
+        whole[:9],
+        whole[:-9],
+        b"PK\3\4" + bytes(60),
+        whole.replace(b"(40, 48)", b"(9**9,4)"),
+    ):
+        depth.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"depth\.npy: expected an array that numpy saved, got a file that cannot"
+        ):
+            read_transforms(tmp_path)
+    np.save(depth, np.full((40, 48), "far"))
+    with pytest.raises(ValueError, match=r"depth\.npy: expected depth as one channel"):
+        read_transforms(tmp_path)
+    edit(tmp_path, spoil(depth_file_path="", segmentation_path="images/left/000000.png"), 1)
+    with pytest.raises(
+        ValueError, match=r"left/000000\.png: expected ids as one channel, got a picture in colour"
+    ):
+        read_transforms(tmp_path)
+    edit(tmp_path, spoil(segmentation_path="", mask_path="mask.tiff"), 1)
+    cv2.imwrite(str(tmp_path / "mask.tiff"), np.full((40, 48), 7, np.float32))
+    with pytest.raises(ValueError, match=r"mask\.tiff: expected a mask of 8 or 16 bits, got float32"):
         read_transforms(tmp_path)
 
 
@@ -309,7 +436,7 @@ def test_opencv_poses_in_the_file_are_noticed_and_read_on_request(tmp_path, make
         )
     with pytest.raises(
         ValueError,
-        match=r"expected OpenGL axes .* looks like OpenCV axes \(y down, z forward\); pass axes='opencv'",
+        match=r"expected OpenGL axes .* looks like OpenCV axes \(y down, z forward\); read them with axes 'opencv'",
     ):
         read_transforms(tmp_path)
     for axes in ("opencv", "auto"):

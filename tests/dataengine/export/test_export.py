@@ -33,6 +33,13 @@ def test_all_formats_at_once(tmp_path, scene, cameras, same) -> None:
     assert (again.fps, again.cameras.to_json()) == (20, cameras().to_json())
 
 
+def test_frames_of_a_longer_scene_are_removed(tmp_path, scene) -> None:
+    export(scene(frames=4), tmp_path, ("ply", "splat"))
+    written = export(scene(frames=2), tmp_path, ("ply", "splat"))
+    for name in ("ply", "splat"):
+        assert sorted(p.stem for p in written[name].glob(f"*.{name}")) == ["frame_0000", "frame_0001"]
+
+
 def test_a_generator_of_frames_is_enough(tmp_path, scene) -> None:
     written = export((shot for shot in scene()), tmp_path)
     assert sorted(written) == ["film", "page", "ply"]

@@ -200,11 +200,29 @@ def test_sequence_comes_back_and_forgets_a_longer_one(tmp_path, scene, same) -> 
     assert all(same(*pair) for pair in zip(frames, shots[:3], strict=True))
 
 
+def test_frames_of_an_unfinished_longer_sequence_are_removed(tmp_path, scene) -> None:
+    """Nobody would play them: neither a reader that goes by names nor one that has lost the playlist."""
+    shots = scene(frames=4)
+    write_ply_sequence(tmp_path, shots)
+    (tmp_path / "playlist.json").write_text("{")  # damaged, as it may be after a crash
+    for name in ("frame_10000.ply", "frame_1.ply", "frame_mine.ply"):
+        (tmp_path / name).write_text("")
+    write_ply_sequence(tmp_path, shots[:2])
+    left = sorted(p.name for p in tmp_path.glob("*.ply"))
+    assert left == ["frame_0000.ply", "frame_0001.ply", "frame_1.ply", "frame_mine.ply"]
+    assert len(read_ply_sequence(tmp_path)[0]) == 2
+
+
 def test_folder_without_playlist_goes_by_number(tmp_path, gaussians) -> None:
     for t in (10, 9, 100):
         write_ply(tmp_path / f"shot{t}.ply", gaussians(t))
     frames, fps = read_ply_sequence(tmp_path)
     assert ([len(frame) for frame in frames], fps) == ([9, 10, 100], 10.0)
+
+
+def listing(**values: object) -> str:
+    """A playlist as text."""
+    return json.dumps({"format": "gaussians ply sequence", "fps": 1} | values)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +231,19 @@ def test_folder_without_playlist_goes_by_number(tmp_path, gaussians) -> None:
         ("{", "expected JSON, got broken text"),
         ("[]", "expected a playlist of format"),
         ('{"format": "other"}', "expected a playlist of format"),
-        (json.dumps({"format": "gaussians ply sequence", "fps": 1, "frames": ["../a.ply"]}), "a list of file names"),
-        (json.dumps({"format": "gaussians ply sequence", "fps": 0, "frames": ["a.ply"]}), "fps above 0"),
-        (json.dumps({"format": "gaussians ply sequence", "fps": 1}), "a list of file names"),
+        (listing(frames=["../a.ply"]), r"a list of .ply files in this folder, got '../a.ply'; write it again"),
+        (listing(frames=["a.ply", ".."]), r"a list of .ply files in this folder, got '..'"),
+        (listing(frames=["/etc/a.ply"]), r"a list of .ply files in this folder, got '/etc/a.ply'"),
+        (listing(frames=["..\\a.ply"]), r"a list of .ply files in this folder"),
+        (listing(frames=["a\0.ply"]), r"a list of .ply files in this folder"),
+        (listing(frames=[""]), r"a list of .ply files in this folder, got ''"),
+        (listing(frames=["notes.txt"]), r"a list of .ply files in this folder, got 'notes.txt'"),
+        (listing(frames=[3]), r"a list of .ply files in this folder, got 3"),
+        (listing(frames="a.ply"), r"a list of .ply files in this folder, got None"),
+        (listing(fps=0, frames=["a.ply"]), r"playlist.json: fps: expected frames per second above 0, got 0"),
+        (listing(fps=float("inf"), frames=["a.ply"]), "fps: expected frames per second above 0, got inf"),
+        (listing(fps="10", frames=["a.ply"]), "fps: expected frames per second above 0, got '10'"),
+        (listing(), r"a list of .ply files in this folder, got None"),
     ],
 )  # fmt: skip
 def test_bad_playlists(tmp_path, playlist, sentence) -> None:

@@ -270,9 +270,9 @@ def test_poses_with_opengl_axes_are_named_and_mended(pair, tmp_path):
     said, dataset = refusal(tmp_path / "d", pair, poses=lambda pose: pose @ OPENGL)
     assert "episode 0: camera_to_world: expected OpenCV axes (y down, z forward), got poses with" in said
     assert "looks like OpenGL axes (y up, z back)" in said
-    assert said.endswith("or repair")
+    assert said.endswith("or repair (--repair)")
     reading, told = mended(dataset)
-    assert told == ["poses are read as OpenGL axes (y up, z back)"]
+    assert told == ["poses are read as OpenGL axes (y up, z back), not as OpenCV axes (y down, z forward)"]
     np.testing.assert_allclose(
         reading.cameras(dataset, 0).at(0).camera_to_world, pair.cameras.camera_to_world, atol=1e-6
     )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ import torch
 from dataengine import fit
 from dataengine.cameras import Cameras
 from dataengine.captures import read_colmap, read_transforms, write_colmap, write_transforms
+from dataengine.captures.geometry import WORDS, from_opencv, to_opencv
 from dataengine.episodes import DatasetError, EpisodeDataset
+from dataengine.errors import MissingPackage
 from dataengine.export import read_film, read_ply, read_ply_sequence, read_splat
 from dataengine.fit import Fit
 from dataengine.lerobot.sidecar import read_cameras
-from dataengine.reconstruct import Reconstruction
+from dataengine.reconstruct import Reconstruction, reconstruct
 from dataengine.scenes import check_formats, make_scene, read_parts
+from dataengine.sources import windows
 from tests.dataengine.scene.conftest import capture, ring, save_dataset
 
 QUICK = Reconstruction(fit=Fit(steps=8, quiet=True))
@@ -42,7 +47,7 @@ def made(dataset, tmp_path_factory):
 
 def test_every_format_is_written_and_can_be_read(made, seen3):
     out, scene = made
-    assert set(scene.files) == set(ALL)
+    assert set(scene.files) == {*ALL, "canonical"}
     assert scene.figures["psnr"] > 20
     page = scene.files["page"].read_text()
     assert page.count("<html") == 1
@@ -50,7 +55,8 @@ def test_every_format_is_written_and_can_be_read(made, seen3):
     assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     frames, fps = read_ply_sequence(scene.files["ply"])
     assert (len(frames), fps) == (4, 10.0)
-    film, canonical = read_film(scene.files["film"]), read_ply(out / "episode_000" / "canonical.ply")
+    film, canonical = read_film(scene.files["film"]), read_ply(scene.files["canonical"])
+    assert scene.files["canonical"] == out / "episode_000" / "canonical.ply"
     assert len(film) == 4
     torch.testing.assert_close(canonical.means, film.canonical.means)
     torch.testing.assert_close(frames[3].means, film.at(3).means)
@@ -88,6 +94,7 @@ def test_another_scene_in_the_folder_is_refused(made, dataset, settings, source,
 def test_long_recordings_become_several_scenes(dataset):
     parts = read_parts(dataset.root, window=3, observed=("ring_0", "ring_2"), size=12).parts
     assert [part.name for part in parts] == ["episode_000/part_00", "episode_000/part_01"]
+    assert [part.frames for part in parts] == [2, 2]
     views = parts[1].load()
     assert (len(views), views.names, views.cameras.width) == (2, ("ring_0", "ring_2"), 12)
 
@@ -96,6 +103,7 @@ def test_long_recordings_become_several_scenes(dataset):
 def test_captures_become_scenes_and_datasets(write, seen3, tmp_path):
     write(tmp_path / "in", seen3)
     parts = read_parts(tmp_path / "in", observed=("ring_0", "ring_1"))
+    assert (parts.views, parts.size, parts.parts[0].frames) == (("ring_0", "ring_1"), (24, 24), 4)
     assert parts.kind == ("transforms" if write is write_transforms else "colmap")
     made = make_scene(parts.parts[0], tmp_path / "out", QUICK, ("lerobot",), new_views=2)
     dataset = EpisodeDataset(made.files["lerobot"])
@@ -124,6 +132,45 @@ def test_formats_are_checked():
         check_formats(("lerobot",), "dataset")
 
 
+def test_rerun_needs_its_package_before_any_work_is_done(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(
+        MissingPackage, match=r"rerun-sdk: expected the package, .*; run pip install 'enerverse\[viewer\]'"
+    ):
+        check_formats(("page", "rerun"), "dataset")
+    monkeypatch.setitem(sys.modules, "rerun", types.ModuleType("rerun"))
+    check_formats(("page", "rerun"), "dataset")
+
+
+def test_rerun_gets_a_recording_beside_the_other_formats(made, dataset, monkeypatch):
+    out = made[0]
+    monkeypatch.setattr("dataengine.export.log_rerun", lambda film, path: path.with_name(f"{len(film)}.rrd"))
+    again = make_scene(read_parts(dataset.root).parts[0], out, QUICK, ("rerun",), source="push")
+    assert again.files == {"rerun": out / "episode_000" / "4.rrd"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("images", torch.nan), ("depth", torch.nan), ("depth", torch.inf)]
+)
+def test_numbers_that_are_not_finite_are_named_before_a_fit(seen3, name, value):
+    spoilt = getattr(seen3, name).clone()
+    spoilt[2, 1, 5] = value
+    sentence = (
+        f"{name}: expected finite numbers, got NaN or infinity in 1 pictures, first in view 'ring_1', frame 2"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        reconstruct(dataclasses.replace(seen3, **{name: spoilt}), QUICK)
+
+
+def test_views_without_a_frame_are_refused(seen3):
+    with pytest.raises(ValueError, match="images: expected at least one frame and one view, got 0 of 3"):
+        seen3.at(slice(4, 9))
+    with pytest.raises(ValueError, match="window: expected at least 1 frame, got 0"):
+        windows(0, 8)
+    with pytest.raises(ValueError, match="fps: expected frames per second above 0, got 0"):
+        dataclasses.replace(seen3, fps=0.0)
+
+
 def test_nothing_there_is_said(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="expected a LeRobot dataset, a transforms.json or a COLMAP model"
@@ -138,18 +185,21 @@ def rewrite(folder, views, change):
     path.write_text(json.dumps(values | {"frames": change(values["frames"])}))
 
 
-def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path):
+@pytest.mark.parametrize("axes", ["opencv", "world_to_camera", "opengl_world_to_camera"])
+def test_captures_with_other_axes_are_named_and_mended(seen3, tmp_path, axes):
     def turn(frames):
-        axes = np.diag([1.0, -1, -1, 1])
-        return [f | {"transform_matrix": (np.array(f["transform_matrix"]) @ axes).tolist()} for f in frames]
+        true = [to_opencv(np.array(f["transform_matrix"]), "opengl") for f in frames]
+        return [
+            f | {"transform_matrix": from_opencv(pose, axes).tolist()}
+            for f, pose in zip(frames, true, strict=True)
+        ]
 
     rewrite(tmp_path, seen3, turn)
-    with pytest.raises(
-        ValueError, match=r"camera_to_world: expected OpenGL axes .*; pass axes='opencv', or repair"
-    ):
+    advice = f"expected OpenGL axes .*; read them with axes '{axes}', or repair"
+    with pytest.raises(ValueError, match=advice):
         read_parts(tmp_path)
     parts = read_parts(tmp_path, mend=True)
-    assert parts.mended == ["camera_to_world: read as OpenGL axes (y up, z back)"]
+    assert parts.mended == [f"camera_to_world: read as {WORDS[axes]}, not as OpenGL axes (y up, z back)"]
     np.testing.assert_allclose(
         parts.parts[0].load().cameras.camera_to_world, seen3.cameras.camera_to_world, atol=1e-6
     )

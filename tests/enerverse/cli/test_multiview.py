@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +89,7 @@ def test_the_same_command_goes_on_and_says_so(pair, many, call):
     assert said.code == 0, said.err
     head, tail = said.out.split(f"{many}: already holds 2 episodes\n")
     assert head.count("\n") <= 6
+    assert re.search(r"\nabout \d+ seconds on one core\n", head)
     assert "2 new views beside front, left" in head
     assert "dB; they show" in tail
     assert f"next: enerverse train autoencoder --data {many} --out runs/mine\n" in tail
@@ -114,9 +117,11 @@ def test_a_page_of_the_scene(pair, call, tmp_path):
     out = tmp_path / "scene"
     said = call("reconstruct", "--dataset", pair, "--out", out, "--steps", 3, "--formats", "page", "film")
     assert said.code == 0, said.err
+    assert re.search(r", 3 steps each; about \d+ seconds on one core\n", said.out)
     page = out / "episode_000" / "scene.html"
     assert f"page: {page}\n" in said.out
     assert page.read_text().startswith("<!")
+    assert f"canonical: {out / 'episode_000' / 'canonical.ply'}\n" in said.out
     assert (out / "episode_000" / "canonical.ply").is_file()
     assert "enerverse multiview" in said.out.splitlines()[-1]
 
@@ -183,6 +188,15 @@ def test_doubtful_results_are_told():
     assert describe(colour, "out")[1:] == [
         "the scene gives the observed views back with 25.0 dB; they have no depth"
     ]
+
+
+def test_rerun_without_its_package_is_one_sentence(pair, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    refused(
+        call("reconstruct", "--data", pair, "--out", tmp_path / "x", "--formats", "rerun"),
+        "rerun-sdk: expected the package, ",
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_one_worker_is_this_process():
