@@ -182,11 +182,12 @@ def recording_section(values: dict[str, Any]) -> Section:
     rows = [
         [str(row["cameras"]), str(row["size"]), "colour and depth" if row["depth"] else "colour",
          f"{row['raw']:.0f}", f"{row['record']:.0f}", f"{100 * row['share']:.0f} %", f"{row['record_cores']:.1f}",
-         f"{100 * row['two_cores']:.0f} %"]
+         f"{100 * row['two_cores']:.0f} %",
+         f"{100 * row['share_of_loop']:.0f} %" if "share_of_loop" in row else "-"]
         for row in values["rows"]
     ]  # fmt: skip
     head = ["cameras", "pixels", "what", "bare renderer, pictures/s", "recording", "share", "cores in use",
-            "share if both cores were idle"]  # fmt: skip
+            "share if both cores were idle", "share of a rollout that keeps nothing"]  # fmt: skip
     return table(head, rows), {}
 
 

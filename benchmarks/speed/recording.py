@@ -9,11 +9,13 @@ over the same episodes, the same cameras and the same simulated states, and the 
   publishing, from the first reset until the last episode is on disk. Two threads beside the main one.
 - `raw`: `mujoco.Renderer`, update of the scene, drawing and reading back, one pass per picture, nothing else. One thread.
 - `draw`: the same by `sims`, which reads colour and depth from one pass. One thread.
+- `loop`: `raw` within a rollout, its seconds and those of the physics, inverse kinematics and the expert of the same
+  episodes; what a plain loop over an environment gets that keeps nothing. One thread.
 
-`share` is `record` over `raw`, the bar is 0.9. It goes by the clock, and recording wants more cores than drawing, so other
-work on the machine lowers it: `record_cores` says how many cores recording got, `load` what waited for them at the end.
-`record_cpu` and `raw_cpu` are processor milliseconds per picture; `two_cores` is the largest share that those allow on two
-cores with nothing else to do, reached if no thread ever waited for another.
+`share` is `record` over `raw`, the bar is 0.9; `share_of_loop` is `record` over `loop`. They go by the clock, and recording
+wants more cores than drawing, so other work on the machine lowers them: `record_cores` says how many cores recording got,
+`load` what waited for them at the end. `record_cpu` and `raw_cpu` are processor milliseconds per picture; `two_cores` is the
+largest share that those allow on two cores with nothing else to do, reached if no thread ever waited for another.
 """
 
 from __future__ import annotations
@@ -167,13 +169,17 @@ def measure(
     env.reset(seed=0)  # the first context is made by `sims`, which knows what must be imported before
     model = cast(Any, env.unwrapped).sim.model
     model.vis.global_.offwidth = model.vis.global_.offheight = size
-    rounds: dict[str, list[Took]] = {"raw": [], "draw": [], "record": []}
+    rounds: dict[str, list[Took]] = {"raw": [], "draw": [], "loop": [], "record": []}
     with mujoco.Renderer(model, size, size) as renderer:
         same = same_pictures(env, renderer)
         for turn in range(settings.rounds + 1):
+            raw, played = drawn(env, episodes, renderer), Took()
+            with played.timed(raw.pictures):
+                episodes_of(settings)
             took = {
-                "raw": drawn(env, episodes, renderer),
+                "raw": raw,
                 "draw": drawn(env, episodes, None),
+                "loop": Took(raw.pictures, raw.seconds + played.seconds, raw.cpu + played.cpu),
                 "record": recorded(settings, env),
             }
             for name in rounds if turn else ():
@@ -185,7 +191,8 @@ def measure(
     row |= {f"{name}_cpu": values["cpu"] for name, values in found.items()}
     row["record_cores"] = found["record"]["cores"]
     row["two_cores"] = 2 * row["raw_cpu"] / row["record_cpu"]
-    return row | {"share": row["record"] / row["raw"], "share_of_draw": row["record"] / row["draw"]}
+    shares = {"share": "raw", "share_of_draw": "draw", "share_of_loop": "loop"}
+    return row | {share: row["record"] / row[name] for share, name in shares.items()}
 
 
 def main(settings: Recording) -> None:
