@@ -12,10 +12,11 @@ over the same episodes, the same cameras and the same simulated states, and the 
 - `loop`: `raw` within a rollout, its seconds and those of the physics, inverse kinematics and the expert of the same
   episodes; what a plain loop over an environment gets that keeps nothing. One thread.
 
-`share` is `record` over `raw`, the bar is 0.9; `share_of_loop` is `record` over `loop`. They go by the clock, and recording
-wants more cores than drawing, so other work on the machine lowers them: `record_cores` says how many cores recording got,
-`load` what waited for them at the end. `record_cpu` and `raw_cpu` are processor milliseconds per picture; `two_cores` is the
-largest share that those allow on two cores with nothing else to do, reached if no thread ever waited for another.
+`share` is `record` over `raw`, the bar is 0.9; `share_of_loop` is `record` over `loop`. They go by the clock, and
+recording wants more cores than drawing, so other work on the machine lowers them: `record_cores` says how many cores
+recording got, `load` what waited for them at the end. `record_cpu` and `raw_cpu` are processor milliseconds per picture;
+`two_cores` is the largest share that those allow on two cores with nothing else to do, reached if no thread ever waited for
+another.
 """
 
 from __future__ import annotations
