@@ -15,7 +15,7 @@ over the same episodes, the same cameras and the same simulated states, and the 
 `share` is `record` over `raw`, the bar is 0.9; `share_of_loop` is `record` over `loop`. They go by the clock, and
 recording wants more cores than drawing, so other work on the machine lowers them: `record_cores` says how many cores
 recording got, `load` what waited for them at the end. `record_cpu` and `raw_cpu` are processor milliseconds per picture;
-`two_cores` is the largest share that those allow on two cores with nothing else to do, reached if no thread ever waited for
+`two_cores` is the largest share that those allow on two idle cores, reached if no thread ever waited for
 another.
 """
 
