@@ -100,8 +100,8 @@ def flywheel(
         views: what was seen; kept in full in every round.
         generator: what repairs renders; None fits on to the real views alone.
         cameras: where to look from, fixed or of as many frames.
-        scene: to go on from, as `first_fit` makes it; its numbers are changed in place, so give a copy to keep it. None makes
-            one.
+        scene: to go on from, as `first_fit` makes it; its numbers are changed in place, so give a copy to keep it. None
+            makes one.
         held_out: views that are never fitted to, only measured.
         anchors: the truth at `cameras` where it is known: for the oracle, and to measure what the generator mends.
         gate: stop and undo a round that made the real or the held-out views worse.

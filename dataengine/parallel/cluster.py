@@ -35,7 +35,7 @@ def import_ray() -> ModuleType:
 @contextlib.contextmanager
 def connected(workers: int, address: str | None) -> Iterator[Any]:
     """Ray, connected: where the caller has connected already, there; else to the cluster at `address`; else to a cluster
-    of `workers` processes started on this machine. What was begun here ends here.
+    of `workers` processes started on this machine, which no other machine can reach. What was begun here ends here.
 
     Raises:
         ImportError: ray is not installed.
@@ -47,7 +47,7 @@ def connected(workers: int, address: str | None) -> Iterator[Any]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        with _environment(LOCAL):
+        with _environment(LOCAL), _loopback():
             ray.init(
                 "local",
                 num_cpus=workers,
@@ -79,6 +79,22 @@ def _connect(ray: Any, address: str, options: Mapping[str, Any]) -> None:
             f"address: expected a Ray cluster at {address!r}, got no answer ({cause}); start one with "
             "`ray start --head --port=6379` there and pass HOST:6379, or leave the address out"
         ) from None
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Within a block Ray takes 127.0.0.1 for this machine, and so listens there alone.
+
+    `ray.init` would turn a loopback address that it is given into a public one. Its switch against that is read from
+    the environment when ray is imported, which may have been long ago.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager

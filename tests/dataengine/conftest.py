@@ -1,6 +1,6 @@
 """A small synthetic scene and a writer for it, shared by the dataset tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +92,12 @@ def dataset_root(open_writer: Callable[..., EpisodeWriter], tmp_path: Path) -> P
                 writer.add_frame(**frame(t))
             writer.save_episode(success=episode != 1, seed=40 + episode)
     return tmp_path / "dataset"
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[Any]:
+    """One local cluster of two processors for all tests that ask for it: starting one takes seconds."""
+    from dataengine.parallel.cluster import connected
+
+    with connected(2, None) as ray:
+        yield ray

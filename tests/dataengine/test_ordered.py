@@ -6,13 +6,14 @@ import pytest
 
 pytest.importorskip("dataengine.parallel.workers")
 pytest.importorskip("ray")
-
 from dataengine.errors import WorkError
 from dataengine.multiview import multiview
 from dataengine.parallel.ordered import map_in_order
 from enerverse.cli.multiview import spread
 from tests.dataengine.scene.conftest import capture, ring, save_dataset
 from tests.dataengine.scene.test_multiview import SETTINGS, files
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def slow_first(item):

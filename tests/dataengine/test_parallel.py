@@ -1,13 +1,14 @@
 """Fanning work out over Ray: order, failures, deaths, full disks, and what is done once."""
 
+import contextlib
 import errno
 import hashlib
+import ipaddress
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,29 +16,23 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import psutil
 import pytest
 
 # Every process imports this file, so what loads torch or mujoco is loaded where it is used.
 from dataengine.episodes import DatasetError, EpisodeDataset, EpisodeWriter
 from dataengine.errors import WorkError
 from dataengine.parallel import fan_out, reconstruct_parallel, record_parallel
-from dataengine.parallel.cluster import connected
 from dataengine.parallel.reconstruct import FitEpisode
 from dataengine.record import record, writer_arguments
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """One local cluster of two processors for the whole file: starting one takes seconds."""
-    with connected(2, None) as ray:
-        yield ray
-
-
 @dataclass
 class Square:
-    """Squares numbers and notes who did it; some numbers end badly."""
+    """Squares numbers and notes who did it, when as many as shall be begun `together` are; some numbers end badly."""
 
     folder: Path
+    together: int = 1
     raises: tuple[int, ...] = ()
     kills_once: tuple[int, ...] = ()
     kills: tuple[int, ...] = ()
@@ -47,6 +42,9 @@ class Square:
         first = not note.exists()
         with note.open("a") as file:
             file.write(f"{os.getpid()}\n")
+        end = time.monotonic() + 60
+        while len(list(self.folder.iterdir())) < self.together and time.monotonic() < end:
+            time.sleep(0.01)
         if number in self.raises:
             raise ValueError(f"number: expected another than {number}")
         if number in self.kills or (first and number in self.kills_once):
@@ -58,25 +56,13 @@ class Square:
         return [int(line) for line in (self.folder / f"{number}").read_text().split()]
 
 
-@dataclass
-class Meet:
-    """Returns when two items are being worked on at once."""
-
-    folder: Path
-
-    def __call__(self, number: int) -> tuple[int, int]:
-        (self.folder / f"{number}").touch()
-        end = time.monotonic() + 60
-        while len(list(self.folder.iterdir())) < 2 and time.monotonic() < end:
-            time.sleep(0.01)
-        return number, os.getpid()
-
-
 @pytest.mark.usefixtures("cluster")
-def test_two_items_at_a_time_in_the_order_of_the_items(tmp_path):
-    (first, one), (second, other), (third, _) = fan_out(Meet(tmp_path), [7, 8, 9], workers=2)
-    assert (first, second, third) == (7, 8, 9)
+def test_two_items_at_a_time_in_order_and_again_where_a_process_is_killed(tmp_path):
+    task = Square(tmp_path, together=2, kills_once=(8,))
+    assert fan_out(task, [7, 8, 9], workers=2) == [49, 64, 81]
+    (one,), (other, again) = task.processes(7), task.processes(8)
     assert len({one, other, os.getpid()}) == 3
+    assert again != other
 
 
 def test_one_worker_is_this_process_and_needs_no_ray(tmp_path):
@@ -86,14 +72,6 @@ def test_one_worker_is_this_process_and_needs_no_ray(tmp_path):
     ):
         fan_out(task, [0, 1, 2], workers=1)
     assert task.processes(2) == [os.getpid()]
-
-
-@pytest.mark.usefixtures("cluster")
-def test_an_item_whose_process_is_killed_is_tried_again_in_another(tmp_path):
-    task = Square(tmp_path, kills_once=(2,))
-    assert fan_out(task, range(5), workers=2) == [0, 1, 4, 9, 16]
-    first, second = task.processes(2)
-    assert first != second
 
 
 @pytest.mark.usefixtures("cluster")
@@ -108,6 +86,22 @@ def test_items_that_fail_every_time_are_named_after_the_others_are_finished(tmp_
     assert len(task.processes(1)) == 1  # an error of the task itself would come again
     assert len(task.processes(2)) == 2
     assert all(task.processes(n) for n in (0, 3, 4, 5))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_no_other_machine_reaches_the_processes():
+    places = {ipaddress.ip_address(place) for place in listening(psutil.Process())}
+    assert len(places) > 0
+    assert all((getattr(place, "ipv4_mapped", None) or place).is_loopback for place in places), places
+
+
+def listening(root):
+    """The addresses at which a process and its children listen."""
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found = process.net_connections("inet")
+                yield from (c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN)
 
 
 def test_bad_arguments(tmp_path):
@@ -238,14 +232,14 @@ def record_with(root, make_env, episodes, *, seed=10, **options):
 @pytest.mark.usefixtures("cluster")
 def test_two_workers_record_the_same_bytes_as_one_and_go_on(tmp_path):
     make_env = partial(Line, tmp_path)
-    alone = record_with(tmp_path / "alone", make_env, 6)
-    first = record_with(tmp_path / "both", make_env, 3, workers=2)
-    rest = record_with(tmp_path / "both", make_env, 6, workers=2)
+    alone = record_with(tmp_path / "alone", make_env, 4)
+    first = record_with(tmp_path / "both", make_env, 2, workers=2)
+    rest = record_with(tmp_path / "both", make_env, 4, workers=2)
     assert files_of(tmp_path / "alone") == files_of(tmp_path / "both")
-    assert (first.kept + rest.kept, first.tried + rest.tried, rest.held) == (alone.kept, alone.tried, 3)
+    assert (first.kept + rest.kept, first.tried + rest.tried, rest.held) == (alone.kept, alone.tried, 2)
     assert first.frames + rest.frames == alone.frames
     EpisodeDataset(tmp_path / "both").validate()
-    assert record_with(tmp_path / "both", make_env, 6, workers=2).tried == 0
+    assert record_with(tmp_path / "both", make_env, 4, workers=2).tried == 0
 
 
 @pytest.mark.usefixtures("cluster")
@@ -280,25 +274,13 @@ def test_too_few_successes_by_two(tmp_path):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """Two short episodes from three cameras, with depth."""
-    import sims  # noqa: F401 - registers the environments
-    from sims.cameras import ring
-    from sims.experts import make_expert
+    from tests.dataengine.scene.conftest import capture, ring, save_dataset
 
-    root, free = tmp_path_factory.mktemp("seen") / "d", ring(3)
-    env = gymnasium.make(
-        "enerverse/Lift-v0",
-        cameras=tuple(free),
-        free_cameras=free,
-        image_size=24,
-        modalities=("rgb", "depth"),
-    )
-    with EpisodeWriter(root, **writer_arguments(env)) as writer:
-        record(env, make_expert(env), writer, 2, keep="all", max_steps=3)
-    env.close()
-    return root
+    views = capture(ring(3)).at(slice(0, 2))
+    return save_dataset(tmp_path_factory.mktemp("seen") / "d", [views, views], ids=False).root
 
 
-def plan(steps=30):
+def plan(steps=15):
     from dataengine.fit import Fit
     from dataengine.reconstruct import Reconstruction
 
@@ -312,17 +294,19 @@ class KilledInTheMiddle:
     task: FitEpisode
 
     def __call__(self, index: int) -> Path:
-        checkpoint = self.task.folder / f"scene-{index:06d}" / "fit.safetensors"
+        from dataengine import fit
+
+        checkpoint, save = self.task.folder / f"scene-{index:06d}" / "fit.safetensors", fit.save_tensors
+
+        def save_and_die(*arguments):
+            save(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
         if checkpoint.exists():
             checkpoint.with_name("went_on").touch()
         elif index == 1:
-            threading.Thread(target=self._kill, args=(checkpoint,), daemon=True).start()
+            fit.save_tensors = save_and_die
         return self.task(index)
-
-    def _kill(self, checkpoint: Path) -> None:
-        while not checkpoint.exists():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tensors_of(path):
@@ -351,8 +335,8 @@ def test_scenes_of_other_settings_are_not_taken_for_these(seen, tmp_path):
     with pytest.raises(WorkError, match="episode 0: .*expected a scene of the same settings, got another"):
         reconstruct_parallel(seen, tmp_path, [0], plan(5), workers=1)
     with pytest.raises(WorkError, match="episode 0: .*expected a scene of the same views, got another"):
-        reconstruct_parallel(seen, tmp_path, [0], plan(), views=["ring_00", "ring_01"], workers=1)
+        reconstruct_parallel(seen, tmp_path, [0], plan(), views=["ring_0", "ring_1"], workers=1)
     with pytest.raises(ValueError, match="episodes: expected 0 to 1, got 2"):
         reconstruct_parallel(seen, tmp_path, [2], plan())
-    with pytest.raises(ValueError, match="views: unknown view 'ring_7'; did you mean 'ring_0"):
+    with pytest.raises(ValueError, match="views: unknown view 'ring_7'; did you mean 'ring_2'"):
         reconstruct_parallel(seen, tmp_path, views=["ring_7"])
