@@ -12,7 +12,8 @@ from torch import Tensor
 from dataengine.captures.problems import not_finite
 from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
-from dataengine.initialize import Start, from_depth, from_frusta, moving_pixels
+from dataengine.frusta import from_frusta
+from dataengine.initialize import Start, from_depth, moving_pixels
 from dataengine.motion import check_model, make_motion
 from dataengine.quality import decibels, ssim
 from dataengine.scene import Scene

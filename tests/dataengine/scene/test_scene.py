@@ -10,8 +10,9 @@ from dataengine import rotations
 from dataengine.bodies import Bodies
 from dataengine.completion import complete, find_planes
 from dataengine.fit import Fit, fit
+from dataengine.frusta import from_frusta
 from dataengine.gaussians import LOOSE, Gaussians
-from dataengine.initialize import from_depth, from_frusta, moving_pixels
+from dataengine.initialize import from_depth, moving_pixels
 from dataengine.losses import Weights
 from dataengine.motion import MODELS, Polynomial, Rigid, Together, make_motion
 from dataengine.reconstruct import Reconstruction, begin, choose_motion, measure, reconstruct
