@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -25,7 +29,8 @@ def digest(*parts: Any) -> str:
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            part = part.detach().cpu().numpy()
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            part = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         if isinstance(part, np.ndarray):
             found.update(f"{part.dtype} {part.shape}".encode())
             found.update(np.ascontiguousarray(part).data)
@@ -47,16 +52,33 @@ def digest_views(views: Views) -> str:
     return digest(digest_cameras(views.cameras), poses, *tensors)
 
 
-def digest_episode(dataset: EpisodeDataset, index: int, cameras: Cameras) -> str:
-    """Of the numbers in every frame of an episode, the sums over its videos where the writer kept them, and `cameras`, as
-    they are read. No picture is decoded."""
+def digest_episode(dataset: EpisodeDataset, index: int, cameras: Cameras | None) -> str:
+    """Of the task, the numbers in every frame of an episode, its video files, and `cameras`, as they are read. No picture
+    is decoded."""
     meta = dataset.meta(index)
+    sums = meta.checksums or {key: _sum(dataset.video_path(meta, key)) for key in meta.videos}
+    seen = None if cameras is None else digest_cameras(cameras)
     rows = dataset.rows(meta)
     plain = pa.Table.from_pydict(rows.to_pydict(), schema=rows.schema.remove_metadata())
     stream = io.BytesIO()
     with pyarrow.ipc.new_stream(stream, plain.schema) as writer:
         writer.write_table(plain)
-    return digest(meta.length, sorted(meta.checksums.items()), digest_cameras(cameras), stream.getvalue())
+    return digest(meta.length, meta.tasks, sorted(sums.items()), seen, stream.getvalue())
+
+
+def _sum(path: Path) -> int:
+    """CRC-32 of a file, which may hold many episodes: read once as long as it stays the same."""
+    told = path.stat()
+    return _sum_of(path, told.st_size, told.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sum_of(path: Path, size: int, changed: int) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            total = zlib.crc32(part, total)
+    return total
 
 
 def digest_generator(generator: Generator | None) -> str | None:

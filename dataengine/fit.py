@@ -15,6 +15,7 @@ from dataengine.digests import digest_views
 from dataengine.errors import MissingPackage
 from dataengine.gaussians import LOOSE
 from dataengine.losses import Weights, frame_loss
+from dataengine.motion import describe_motion
 from dataengine.progress import counted, make_bar
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath, load_tensors, save_tensors
@@ -71,6 +72,11 @@ class Fit:
             )
 
 
+def bound(settings: Fit) -> dict[str, Any]:
+    """The settings that a fit's numbers depend on, as JSON."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("quiet", "save_every")}
+
+
 def fit(
     scene: Scene,
     views: Views,
@@ -86,7 +92,8 @@ def fit(
     record of a step; it may stop the fit by returning True.
 
     Raises:
-        ValueError: a scene of another number of frames; a folder with a fit of other settings, views or kind of scene.
+        ValueError: a scene of another number of frames; a folder with a fit of other settings or views, or from another
+            start.
     """
     settings = settings or Fit()
     if scene.frames != len(views):
@@ -123,6 +130,8 @@ class _Run:
 
     def __init__(self, scene: Scene, settings: Fit):
         self.scene, self.settings, self.step = scene, settings, 0
+        # Counts, not digits: those of a start differ by rounding between machines.
+        self.start = json.dumps({"gaussians": len(scene), "motion": describe_motion(scene.motion)})
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: torch.optim.Adam([value], lr=settings.rates.of(name), eps=1e-15)
             for name, value in scene.params.items()
@@ -179,7 +188,8 @@ class _Run:
         metadata = {
             "step": str(step),
             "views": seen,
-            "settings": json.dumps(asdict(self.settings)),
+            "start": self.start,
+            "settings": json.dumps(bound(self.settings)),
             "records": json.dumps(records),
         }
         save_tensors(folder / "fit.safetensors", tensors, metadata)
@@ -190,14 +200,13 @@ class _Run:
         if not path.exists():
             return []
         tensors, metadata = load_tensors(path)
-        if json.loads(metadata["settings"]) != asdict(self.settings):
+        if json.loads(metadata["settings"]) != bound(self.settings):
             raise ValueError(
                 f"{path}: expected a fit of the same settings, got another; choose another folder"
             )
-        params = {name for name in tensors if name.startswith("scene.")}
-        if metadata["views"] != seen or params != {f"scene.{name}" for name in self.scene.state_dict()}:
+        if metadata["views"] != seen or metadata["start"] != self.start:
             raise ValueError(
-                f"{path}: expected a fit of the same kind of scene to the same views, got another; choose another folder"
+                f"{path}: expected a fit from the same start to the same views, got another; choose another folder"
             )
         self._restore(tensors)
         self.step = int(metadata["step"])

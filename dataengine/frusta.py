@@ -12,7 +12,7 @@ from dataengine.gaussians import LOOSE, STATIC, Gaussians
 from dataengine.initialize import Start, moving_pixels
 from dataengine.views import Views
 
-DRAWN = 100_000  # points among which those in a visual hull are looked for
+DRAWN = 50_000  # points of a camera, among which those in a visual hull are looked for
 
 
 def from_frusta(
@@ -40,12 +40,12 @@ def from_frusta(
         )
     points = points[seen][:count].float()
     colors = views.images.mean((0, 1, 2, 3)).expand(len(points), 3)
-    size = (box.volume / len(points)) ** (1 / 3) / 2
+    size = box.reach / len(points) ** (1 / 3)
     found = [_start(points, colors, size, STATIC, 0, opacity=0.1)]
     if loose is not None:
         moving = moving_pixels(views)
         for frame in range(len(views) if loose == "born" else 1):
-            found.append(_loose_from_frusta(views, moving[frame], frame, box, crowd, generator))
+            found.append(_loose_from_frusta(views, moving[frame], frame, box.reach, crowd, generator))
     return Start(
         gaussians=Gaussians.cat([part.gaussians for part in found]),
         born=torch.cat([part.born for part in found]),
@@ -53,21 +53,47 @@ def from_frusta(
 
 
 def _loose_from_frusta(
-    views: Views, moving: Tensor, frame: int, box: _Box, crowd: int, generator: torch.Generator
+    views: Views, moving: Tensor, frame: int, reach: float, crowd: int, generator: torch.Generator
 ) -> Start:
     """Loose Gaussians in the visual hull of the pixels `moving` ``[V, H, W]`` of a frame, of the colours shown there."""
-    hull = torch.empty(0, 3, dtype=torch.float64)
-    for _ in range(2):  # again in a box about what was found
-        points = box.draw(DRAWN, generator)
-        hull = points[_meet(views, moving, frame, points)[0]]
-        if not len(hull):
-            break
-        box = _Box(hull.amin(0), hull.amax(0)).wider(0.1)
-    size = (box.volume * len(hull) / DRAWN / max(1, min(len(hull), crowd))) ** (1 / 3) / 2
-    hull = hull[:crowd]
-    return _start(
-        hull.float(), _meet(views, moving, frame, hull)[1], max(size, 1e-4), LOOSE, frame, opacity=0.3
-    )
+    cameras = views.cameras.at(frame)
+    points = _on_rays(cameras, moving, reach, generator)
+    points = points[_meet(views, moving, frame, points)[0]]
+    if not len(points):
+        return _start(points.float(), points.float(), 1.0, LOOSE, frame, opacity=0.3)
+    room = _room(cameras, moving, reach, points)
+    count = min(len(points), crowd)
+    points = points[torch.multinomial(room, count, generator=generator)]
+    size = float(room.sum() / count) ** (1 / 3) / 2
+    return _start(points.float(), _meet(views, moving, frame, points)[1], size, LOOSE, frame, opacity=0.3)
+
+
+def _on_rays(cameras: Cameras, moving: Tensor, reach: float, generator: torch.Generator) -> Tensor:
+    """World points ``[N, 3]`` on rays through moving pixels of every camera, evenly in depth up to twice `reach`: however
+    small a thing is, its pixels are looked through."""
+    found = []
+    for view in range(len(cameras.names)):
+        pixels = moving[view].nonzero().flip(-1).double()  # column, row
+        if not len(pixels):
+            continue
+        chosen = torch.randint(len(pixels), (DRAWN,), generator=generator)
+        unit = torch.rand(DRAWN, 3, generator=generator, dtype=torch.float64)
+        at = torch.cat([pixels[chosen] + unit[:, :2], torch.ones(DRAWN, 1, dtype=torch.float64)], -1)
+        pose, intrinsics = (torch.from_numpy(a[view]) for a in (cameras.camera_to_world, cameras.intrinsics))
+        local = at @ torch.linalg.inv(intrinsics).T * (2 * reach * unit[:, 2:])
+        found.append(local @ pose[:3, :3].T + pose[:3, 3])
+    return torch.cat(found) if found else torch.empty(0, 3, dtype=torch.float64)
+
+
+def _room(cameras: Cameras, moving: Tensor, reach: float, points: Tensor) -> Tensor:
+    """Cubic metres ``[N]`` that each of the points of `_on_rays` stands for: one over how densely they lie there, those of
+    all cameras that see the place together."""
+    inside, _ = _looked_at(cameras, points)
+    _, depth = (torch.from_numpy(x) for x in cameras.project(points.numpy()))
+    focal = torch.from_numpy(cameras.intrinsics[:, 0, 0] * cameras.intrinsics[:, 1, 1])[:, None]
+    pixels = moving.flatten(1).sum(1)[:, None]
+    density = DRAWN * focal / (pixels.clamp_min(1) * depth.square() * 2 * reach)
+    return 1 / torch.where(inside & (depth < 2 * reach), density, 0.0).sum(0)
 
 
 def _meet(views: Views, moving: Tensor, frame: int, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,31 +115,22 @@ def _start(points: Tensor, colors: Tensor, size: float, body: int, frame: int, *
 
 @dataclass(frozen=True, eq=False)
 class _Box:
-    """A box in the world from corner `low` to corner `high`, ``[3]`` metres."""
+    """A cube in the world about `centre` ``[3]``, whose sides are twice `reach` metres long."""
 
-    low: Tensor
-    high: Tensor
+    centre: Tensor
+    reach: float
 
     @classmethod
     def around(cls, cameras: Cameras) -> _Box:
-        """The cube about the point where the optical axes meet, to the cameras' median distance on every side."""
+        """About the point where the optical axes meet, to the cameras' median distance on every side."""
         centres = torch.from_numpy(cameras.camera_to_world[:, :3, 3])
         target = _meeting_point(centres, torch.from_numpy(cameras.camera_to_world[:, :3, 2]))
-        reach = (centres - target).norm(dim=-1).median()
-        return cls(target - reach, target + reach)
-
-    @property
-    def volume(self) -> float:
-        return float((self.high - self.low).prod())
-
-    def wider(self, share: float) -> _Box:
-        margin = share * (self.high - self.low)
-        return _Box(self.low - margin, self.high + margin)
+        return cls(target, float((centres - target).norm(dim=-1).median()))
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """World points ``[count, 3]`` all over it."""
         unit = torch.rand(count, 3, generator=generator, dtype=torch.float64)
-        return self.low + (self.high - self.low) * unit
+        return self.centre + self.reach * (2 * unit - 1)
 
 
 def _looked_at(cameras: Cameras, points: Tensor) -> tuple[Tensor, Tensor]:

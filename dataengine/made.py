@@ -13,6 +13,7 @@ import numpy as np
 from dataengine import rotations
 from dataengine.digests import digest_episode, digest_generator
 from dataengine.episodes import Bodies, Episode, EpisodeDataset, EpisodeWriter
+from dataengine.fit import bound
 from dataengine.jsontext import through_json
 from dataengine.lerobot import metadata
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
@@ -117,14 +118,28 @@ class MadeDataset:
         self.bound = through_json(describe(source, settings, generator))
         self.probe: dict[str, Any] | None = None
         self.figures: list[dict[str, Any]] = []
-        if not any((root / "meta" / "episodes").glob("*/*.parquet")):
-            return
+        begun = any((root / "meta" / "episodes").glob("*/*.parquet"))
         if self.path.is_file():
-            self._take_up(read_json(self.path))
-        else:
+            there = self._read()
+            if begun or all(there[key] == value for key, value in self.bound.items()):
+                self._take_up(there)
+        elif begun:
             raise ValueError(
                 f"out: expected a folder of this dataset's views, got {root}, which holds another dataset; name another"
             )
+
+    def _read(self) -> dict[str, Any]:
+        """What the file says; ValueError where it is not of this shape."""
+        there = read_json(self.path)
+        wanted = {*self.bound, "probe", "episodes"}
+        rows = there.get("episodes") if isinstance(there, dict) else None
+        fields = {"episode", "source", "frames", "input_psnr", "cover", "rounds", "seconds"}
+        if not isinstance(rows, list) or wanted - set(there) or any(fields - set(row) for row in rows):
+            raise ValueError(
+                f"{self.path}: expected what a dataset was made from, as this version writes it, got something else; "
+                "choose another folder"
+            )
+        return there
 
     def _take_up(self, there: dict[str, Any]) -> None:
         for key, value in self.bound.items():
@@ -133,7 +148,7 @@ class MadeDataset:
                 raise ValueError(
                     f"{key}: expected {found} as in {self.root}, got {wanted}; choose another folder or the same settings"
                 )
-        self.figures, self.probe = list(there.get("episodes", [])), there.get("probe")
+        self.figures, self.probe = there["episodes"], there["probe"]
 
     def check_finished(self, episodes: Sequence[int]) -> int:
         """How many of `episodes` are finished. Raises ValueError where what is there are not their first ones."""
@@ -197,8 +212,7 @@ def describe(source: EpisodeDataset, settings: Multiview, generator: Generator |
     values = {name: getattr(settings, name) for name in ("views", "observed", "window", "size", "mend")}
     cameras = None if settings.cameras is None else json.loads(settings.cameras.to_json())
     wheel = asdict(settings.flywheel)
-    for plan in (wheel["start"]["fit"], wheel["refit"]):
-        plan.pop("quiet")
+    wheel["start"]["fit"], wheel["refit"] = bound(settings.flywheel.start.fit), bound(settings.flywheel.refit)
     return {
         "dataset": source.root.resolve().name,
         "generator": "none" if generator is None else generator.name,

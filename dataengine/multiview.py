@@ -271,7 +271,7 @@ def _tried(
 ) -> tuple[Flywheel, bool]:  # fmt: skip
     """The wheel with as many rounds as a trial on the first window found best, and whether the generator speaks last."""
     wheel = settings.flywheel
-    if generator is None or not wheel.rounds:
+    if generator is None:
         return wheel, True
     if made.probe is None:
         window = next(_windows(dataset, reading, settings, [episode]))

@@ -19,7 +19,7 @@ LOWEST, STEEPEST = (
     80.0,
 )  # degrees: nearer to the ground things hide each other, straight down has no upright
 GOLDEN = 0.618033988749895
-STILL = 1e-6  # metres, pixels: what moves less stands still
+STILL = 1e-5  # metres, pixels: what moves less stands still
 AXES = np.concatenate([np.eye(3)[::-1], -np.eye(3)])  # z before y before x, up before down
 
 

@@ -41,20 +41,24 @@ class Probe:
 
 
 def probe(views: Views, cameras: Cameras, generator: Generator, settings: Flywheel) -> Probe:
-    """Turn the wheel on `views` with blocks hidden, and see what comes of it there; `settings.tolerance` as everywhere."""
+    """Turn the wheel on `views` with blocks hidden, and see what comes of it there."""
     mask = hidden_blocks(views, settings.start.fit.seed)
+    if views.confidence is not None:
+        mask &= views.confidence > 0
     given, asked = hide(views, mask), replace(views, depth=None, body_ids=None, confidence=mask.float())
     turned = flywheel(given, generator, cameras, settings, held_out=asked)
     psnr = [record["psnr"] for record in turned.log]
     kept = [number for number, record in enumerate(turned.log) if record["kept"]]
     best = max(kept, key=lambda number: psnr[number])
+    if best < kept[-1]:
+        turned = flywheel(given, generator, cameras, replace(settings, rounds=best), held_out=asked)
     with torch.no_grad():
         renders = look(turned.scene, views.cameras, len(views))
         repaired = generator.repair(renders, given, None)
     shown, mended = (masked_psnr(x.images, views.images, mask) for x in (renders, repaired))
     return Probe(
         rounds=best,
-        last_word=mended >= shown - settings.tolerance,
+        last_word=mended >= shown,
         hidden_psnr=psnr,
         repaired_psnr=mended,
     )

@@ -22,6 +22,7 @@ from dataengine.episodes import Episode, EpisodeDataset, EpisodeWriter
 from dataengine.errors import closest
 from dataengine.export import GaussianFilm, export, write_ply
 from dataengine.export.viewers import import_rerun
+from dataengine.fit import bound
 from dataengine.jsontext import through_json
 from dataengine.made import add_window
 from dataengine.multiview import choose_episodes, finish
@@ -203,11 +204,11 @@ def make_scene(
     """
     settings, folder = settings or Reconstruction(), Path(out) / part.name
     views = part.load()
-    bound = _bound(views, settings, source)
-    _check_record(folder, bound)
+    wanted = _bound(views, settings, source)
+    _check_record(folder, wanted)
     scene = reconstruct(views, settings, folder=folder)
     figures = measure(scene, views)
-    _write_record(folder, bound | {"figures": figures})
+    _write_record(folder, wanted | {"figures": figures})
     frames = [scene.at(t).detach() for t in range(scene.frames)]
     film = GaussianFilm.from_frames(frames, fps=views.fps, cameras=views.cameras)
     files = export(film, folder, [name for name in formats if name in GAUSSIANS], title=part.title)
@@ -224,9 +225,7 @@ def make_scene(
 
 
 def _bound(views: Views, settings: Reconstruction, source: str) -> dict[str, Any]:
-    plan = asdict(settings)
-    for name in ("quiet", "save_every"):
-        plan["fit"].pop(name)
+    plan = asdict(settings) | {"fit": bound(settings.fit)}
     seen = {
         "views": list(views.names),
         "frames": len(views),
@@ -236,16 +235,24 @@ def _bound(views: Views, settings: Reconstruction, source: str) -> dict[str, Any
     return through_json({"source": source, **seen, "settings": plan})
 
 
-def _check_record(folder: Path, bound: dict[str, Any]) -> None:
+def _check_record(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / RECORD
-    there = read_json(path) if path.is_file() else {}
-    for key, value in bound.items():
-        if there and there.get(key) != value:
+    if not path.is_file():
+        _write_record(folder, wanted)
+        return
+    there = read_json(path)
+    if not isinstance(there, dict):
+        raise ValueError(f"{path}: expected what a scene was made from, got other JSON; remove its folder")
+    for key, value in wanted.items():
+        if there.get(key) == value:
+            continue
+        if key == "content":
             raise ValueError(
-                f"{path}: expected a scene of {key} {value}, got one of {there.get(key)}; choose another folder"
+                f"{path}: expected a scene of these pictures, depth and poses, got one of others; choose another folder"
             )
-    if not there:
-        _write_record(folder, bound)
+        raise ValueError(
+            f"{path}: expected a scene of {key} {value}, got one of {there.get(key)}; choose another folder"
+        )
 
 
 def _write_record(folder: Path, values: dict[str, Any]) -> None:

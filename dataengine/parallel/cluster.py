@@ -39,7 +39,7 @@ def connected(workers: int, address: str | None) -> Iterator[Any]:
 
     Raises:
         ImportError: ray is not installed.
-        ConnectionError: no cluster answers at `address`.
+        ConnectionError: no cluster answers at `address`, or none could be started here.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -47,20 +47,27 @@ def connected(workers: int, address: str | None) -> Iterator[Any]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        with _environment(LOCAL), _loopback():
-            ray.init(
-                "local",
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=OBJECTS,
-                **options,
-            )
+        _start(ray, workers, options)
     else:
         _connect(ray, address, options)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, workers: int, options: Mapping[str, Any]) -> None:
+    try:
+        with _environment(LOCAL), _loopback():
+            ray.init(
+                "local", num_cpus=workers, include_dashboard=False, object_store_memory=OBJECTS, **options
+            )
+    except Exception as cause:  # a bare one where a process of it does not answer in time
+        ray.shutdown()
+        raise ConnectionError(
+            f"workers: expected Ray to start on this machine, got none ({cause}); try again when it is less busy, or "
+            "leave workers out"
+        ) from None
 
 
 def _connect(ray: Any, address: str, options: Mapping[str, Any]) -> None:
@@ -90,7 +97,8 @@ def _loopback() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dataengine.errors import closest
 from dataengine.jsontext import through_json
-from dataengine.lerobot import layout
 from dataengine.lerobot.reader import EpisodeDataset
 from dataengine.parallel.workers import fan_out
 
@@ -125,8 +124,11 @@ class FitEpisode:
                 )
 
     def _description(self, index: int) -> dict[str, Any]:
-        """What the scene depends on, as JSON: settings, names of views, and pictures by their checksums."""
+        """What the scene depends on, as JSON: settings, names of views, and the episode by its digest."""
+        from dataengine.digests import digest_episode
+        from dataengine.fit import bound
+
         views = self.views or tuple(self._source.views)
-        sums = self._source.meta(index).checksums
-        pictures = {key: value for key, value in sums.items() if key.removeprefix(layout.IMAGES) in views}
-        return through_json({"settings": asdict(self.settings), "views": views, "pictures": pictures})
+        plan = asdict(self.settings) | {"fit": bound(self.settings.fit)}
+        episode = digest_episode(self._source, index, self._source.cameras(index, views))
+        return through_json({"settings": plan, "views": views, "episode": episode})

@@ -223,6 +223,7 @@ def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:
     lines.append(f"the scene gives the observed views back with {psnr:.1f} dB; they {seen}")
     if report.probe is not None:
         lines.append(describe_trial(report.probe))
+    rounds = rounds if report.probe is None else report.probe["rounds"]
     if rounds:
         kept = sum(row["rounds"] for row in figures) / len(figures)
         lines.append(

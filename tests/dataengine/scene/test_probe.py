@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataengine.digests import digest, digest_generator, digest_views
+from dataengine.digests import digest, digest_episode, digest_generator, digest_views
 from dataengine.episodes import EpisodeDataset
 from dataengine.fit import Fit, fit
 from dataengine.flywheel import Flywheel
@@ -114,7 +114,81 @@ def test_the_trial_is_not_made_again(few, tmp_path, monkeypatch):
     assert (report.made, report.before) == (1, 1)
 
 
+class Recording(Knowing):
+    """Keeps what it was given."""
+
+    name = "recording"
+
+    def __init__(self):
+        self.references = []
+
+    def repair(self, renders, references, anchors):
+        assert anchors is None
+        self.references.append(references)
+        return super().repair(renders, references, anchors)
+
+
+def test_a_generator_is_shown_nothing_of_what_is_hidden(few, anchors):
+    generator, mask = Recording(), hidden_blocks(few)
+    probe(few, anchors.cameras, generator, QUICK)
+    assert len(generator.references) >= 2  # in the rounds and at the end
+    for seen in generator.references:
+        assert (seen.images[mask] == few.images.mean((0, 1, 2, 3))).all()
+        assert (seen.depth[mask] == 0).all()
+        assert torch.equal(seen.images[~mask], few.images[~mask])
+
+
+def test_pixels_that_count_for_nothing_are_no_truth(few, anchors):
+    mask = hidden_blocks(few)
+    known = mask.clone()
+    known[:, 0] = False  # of the first view nothing that is hidden is known
+    views = dataclasses.replace(few, confidence=torch.where(mask & ~known, 0.0, 1.0))
+    spoiled = torch.where((mask & ~known)[..., None], 1 - few.images, few.images)
+    rows = [
+        probe(one, anchors.cameras, Knowing(), dataclasses.replace(QUICK, rounds=0)).hidden_psnr
+        for one in (views, dataclasses.replace(views, images=spoiled))
+    ]
+    assert rows[0] == pytest.approx(rows[1], abs=0.5)  # the mean colour differs, the truth does not
+
+
+def test_without_rounds_a_generator_is_tried_too(few, tmp_path):
+    source = save_dataset(tmp_path / "d", [few])
+    settings = Multiview(views=3, flywheel=dataclasses.replace(QUICK, rounds=0))
+    report = multiview(source, tmp_path / "out", settings, Painter(), progress=False)
+    assert report.probe["last_word"] is False
+    assert set(EpisodeDataset(tmp_path / "out").episode(0).provenance["view_00"].tolist()) == {1}
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"episodes": null}', "without source"])
+def test_a_record_of_another_shape_is_refused(few, tmp_path, content):
+    source = save_dataset(tmp_path / "d", [few])
+    settings = Multiview(views=3, flywheel=QUICK)
+    multiview(source, tmp_path / "out", settings, progress=False)
+    path = tmp_path / "out" / "meta" / "multiview.json"
+    if content == "without source":
+        told = json.loads(path.read_text())
+        del told["episodes"][0]["source"]
+        content = json.dumps(told)
+    path.write_text(content)
+    with pytest.raises(
+        ValueError, match="as this version writes it, got something else; choose another folder"
+    ):
+        multiview(source, tmp_path / "out", settings, progress=False)
+
+
+def test_pictures_of_other_writers_are_part_of_the_digest(few, tmp_path):
+    """Equal numbers, other videos, and no checksums beside them."""
+    found = []
+    for name, images in (("a", few.images), ("b", 1 - few.images)):
+        dataset = save_dataset(tmp_path / name / "d", [dataclasses.replace(few, images=images)])
+        meta = dataclasses.replace(dataset.meta(0), checksums={})
+        dataset.meta = lambda index, meta=meta: meta
+        found.append(digest_episode(dataset, 0, few.cameras))
+    assert found[0] != found[1]
+
+
 def test_digests_tell_what_differs(few):
+    assert digest(torch.zeros(2, dtype=torch.bfloat16)) != digest(torch.ones(2, dtype=torch.bfloat16))
     assert digest("a", None, 1.5) == digest("a", None, 1.5)
     assert digest("a", "b") != digest("ab")
     assert digest(np.zeros(4)) != digest(np.zeros((2, 2)))
@@ -158,13 +232,22 @@ def test_scenes_and_fits_are_bound_to_their_views(few, tmp_path):
         save_dataset(tmp_path / name / "push", [few if name == "a" else capture(ring(2, phase=0.1))])
     (part,), (other,) = (read_parts(tmp_path / name / "push").parts for name in ("a", "b"))
     make_scene(part, tmp_path / "scene", plan)
-    with pytest.raises(ValueError, match="expected a scene of content .*; choose another folder"):
+    with pytest.raises(
+        ValueError, match="expected a scene of these pictures, depth and poses, got one of others"
+    ):
         make_scene(other, tmp_path / "scene", plan)
+    quick = dataclasses.replace(plan.fit, quiet=False, save_every=3)  # says nothing about the numbers
+    make_scene(part, tmp_path / "scene", dataclasses.replace(plan, fit=quick), ("splat",))
+    (tmp_path / "scene" / part.name / "scene.json").write_text("3")
+    with pytest.raises(ValueError, match="expected what a scene was made from, got other JSON"):
+        make_scene(part, tmp_path / "scene", plan)
     folder = tmp_path / "fit"
     fit(begin(few, plan), few, plan.fit, folder=folder)
     turned = few.select(few.names[::-1])
-    sentence = "expected a fit of the same kind of scene to the same views, got another"
+    sentence = "expected a fit from the same start to the same views, got another"
     with pytest.raises(ValueError, match=sentence):
         fit(begin(turned, plan), turned, plan.fit, folder=folder)
     with pytest.raises(ValueError, match=sentence):
         fit(begin(few, dataclasses.replace(plan, motion="polynomial")), few, plan.fit, folder=folder)
+    with pytest.raises(ValueError, match=sentence):
+        fit(begin(few, dataclasses.replace(plan, spacing=4.0)), few, plan.fit, folder=folder)

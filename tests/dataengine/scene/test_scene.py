@@ -19,6 +19,7 @@ from dataengine.reconstruct import Reconstruction, begin, choose_motion, measure
 from dataengine.scene import Scene
 from dataengine.storage import load_tensors, save_tensors
 from dataengine.tracking import kabsch, track_bodies
+from dataengine.views import Views
 from tests.dataengine.scene.conftest import FRAMES, capture, poses, ring, world
 
 QUICK = Fit(steps=24, quiet=True)
@@ -349,6 +350,32 @@ def test_what_moves_is_found_from_colour_alone(unseen):
     start = from_frusta(views, 500, loose="born").gaussians
     loose = start.means[start.body == LOOSE]
     assert (loose - torch.tensor([0.15, 0.0, 0.07])).norm(dim=-1).median() < 0.2  # about where the block goes
+
+
+@pytest.mark.parametrize("side", [0.02, 0.05, 0.1])
+def test_small_things_are_found_from_colour_alone_too(side):
+    """A dark cube that slides over a bright floor, two cameras: its Gaussians lie where it is and fill about its room."""
+    grid = torch.cartesian_prod(torch.linspace(-1, 1, 60), torch.linspace(-1, 1, 60))
+    floor = torch.cat([grid, torch.zeros(len(grid), 1)], -1)
+    cube = side * (torch.rand(400, 3, generator=torch.Generator().manual_seed(0)) - 0.5)
+    cube[:, 2] += side / 2
+    points = torch.cat([floor, cube])
+    colors = torch.where(torch.arange(len(points))[:, None] < len(floor), 0.9, 0.05).expand(-1, 3)
+    size = torch.where(torch.arange(len(points)) < len(floor), 0.03, side / 12)
+    body = (torch.arange(len(points)) >= len(floor)).long()
+    path = torch.eye(4).repeat(3, 1, 1, 1)
+    path[:, 0, 0, 3] = torch.tensor([0.0, 2 * side, 4 * side])
+    scene = Scene(Gaussians.from_points(points, colors, size, body=body, opacity=0.99), Rigid(path), 3)
+    cameras = ring(4, 128).select(["ring_0", "ring_1"])
+    with torch.no_grad():
+        images = torch.stack([scene.render(cameras, t).images for t in range(3)]).clamp(0, 1)
+    start = from_frusta(Views(cameras=cameras, images=images), 500, loose="born")
+    for t in (0, 2):
+        mine = (start.gaussians.body == LOOSE) & (start.born == t)
+        means = start.gaussians.means[mine]
+        assert len(means) > 100
+        assert (means - torch.tensor([2 * t * side, 0.0, side / 2])).norm(dim=-1).median() < side + 0.03
+        assert means.unique(dim=0).shape == means.shape
 
 
 @pytest.mark.parametrize("motion", ["rigid", "bodies"])
