@@ -119,7 +119,6 @@ def from_depth(
     *,
     spacing: float = 1.5,
     degree: int = 0,
-    generic: str = "born",
 ) -> Start:
     """Gaussians at the points that depth shows, one per cell of a grid.
 
@@ -130,7 +129,6 @@ def from_depth(
         poses: ``[T, n, 4, 4]`` of the bodies; their points of every frame are brought back to frame 0.
         spacing: side of a cell in pixels at the median depth.
         degree: of the spherical harmonics.
-        generic: which frames loose points come from: `born` every one, each for its own time, or `first` frame 0 alone.
 
     Raises:
         ValueError: no depth, or fewer than one known pixel.
@@ -145,8 +143,6 @@ def from_depth(
     cell = spacing * float(views.depth[views.depth > 0].median()) / focal
     frame = torch.arange(len(views)).view(-1, 1, 1, 1).expand(label.shape)
     near = views.depth > 0
-    if generic == "first":
-        near = near & ((label != LOOSE) | (frame == 0))
     points, colors, label, frame, depth = (x[near] for x in (points, views.images, label, frame, views.depth))
     if poses is not None:
         points = _back_to_first(points, label, frame, poses)

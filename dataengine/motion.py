@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dataengine import rotations
 from dataengine.errors import closest
 from dataengine.gaussians import LOOSE, Gaussians
-from dataengine.paths import Motion, Polynomial, Rigid
+from dataengine.paths import Course, Motion, Polynomial, Rigid
 
 PLANES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # of x, y, z, t
 
@@ -37,6 +37,7 @@ class HexPlane(Motion):
     """
 
     name = "hexplane"
+    LESSONS, PUPILS, LESSON_RATE = 600, 2048, 5e-3  # steps, Gaussians of one, learning rate: some seconds
     low: Tensor
     high: Tensor
 
@@ -64,7 +65,8 @@ class HexPlane(Motion):
                 start = torch.ones(shape) if b == 3 else 0.1 + 0.4 * torch.rand(shape, generator=generator)
                 self.planes.append(nn.Parameter(start))
         layers = [nn.Linear(2 * channels, width), nn.Linear(width, width), nn.Linear(width, 9)]
-        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        # Not ReLU: the features are small and positive, so it begins on one side of its kink, and may die there.
+        self.net = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
         for layer in layers:
             bound = layer.in_features**-0.5
             layer.weight.data.uniform_(-bound, bound, generator=generator)
@@ -78,13 +80,38 @@ class HexPlane(Motion):
         loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
         if not len(loose):
             return gaussians
-        shift, turn, grow = self.net(self._features(gaussians.means[loose], frame)).split(3, -1)
+        shift, turn, grow = self._change(gaussians.means[loose], frame)
         turned = rotations.multiply(rotations.from_vector(turn), gaussians.quats[loose])
         return gaussians.replace(
             means=gaussians.means.index_add(0, loose, shift),
             quats=gaussians.quats.index_copy(0, loose, turned),
             scales=gaussians.scales.index_add(0, loose, grow),
         )
+
+    @torch.enable_grad()
+    def follow(self, gaussians: Gaussians, own: Mapping[str, Tensor], course: Course) -> None:
+        """Taught the course by example before anything is rendered: a displacement of more than a Gaussian's own size has
+        no gradient in a picture."""
+        loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
+        if not len(loose):
+            return
+        means, optimizer = gaussians.means.detach(), torch.optim.Adam(self.parameters(), lr=self.LESSON_RATE)
+        far = course.shifts[:, loose].square().mean().sqrt().clamp_min(1e-6)
+        generator = torch.Generator().manual_seed(self._settings["seed"])
+        for _ in range(self.LESSONS):
+            frame = int(torch.randint(self.frames, (), generator=generator))
+            some = loose[torch.randint(len(loose), (self.PUPILS,), generator=generator)]
+            shift, turn, grow = self._change(means[some], frame)
+            wrong = (shift - course.shifts[frame, some]) / far
+            turned = turn - rotations.to_vector(course.turns[frame, some])
+            loss = sum(x.square().mean() for x in (wrong, turned, grow)) + self.penalty(gaussians, own, frame)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def _change(self, means: Tensor, frame: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift in metres, rotation vector and change of the logarithmic scales, ``[n, 3]`` each, at places ``[n, 3]``."""
+        return self.net(self._features(means, frame)).split(3, -1)
 
     def _features(self, means: Tensor, frame: int) -> Tensor:
         place = 2 * (means.detach() - self.low) / (self.high - self.low) - 1
@@ -151,6 +178,11 @@ class Tracked(Motion):
             quats=gaussians.quats.index_copy(0, loose, turned),
         )
 
+    @torch.no_grad()
+    def follow(self, gaussians: Gaussians, own: Mapping[str, Tensor], course: Course) -> None:
+        steps = torch.cat([course.shifts, rotations.to_vector(course.turns)], -1)[1:].movedim(0, 1)
+        own["steps"].copy_(torch.where((gaussians.body == LOOSE)[:, None, None], steps, own["steps"]))
+
     def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
         loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
         if frame == 0 or len(loose) < 2:
@@ -210,6 +242,7 @@ GENERIC: dict[str, Callable[[Gaussians, int], Motion]] = {
     "tracked": lambda gaussians, frames: Tracked(frames),
 }
 MODELS = ("rigid", "bodies", *GENERIC)
+FOLLOWING = ("hexplane", "tracked")  # those that begin best on a course that tracking found
 
 
 def _box(gaussians: Gaussians) -> tuple[Tensor, Tensor]:

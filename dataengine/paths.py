@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,29 @@ from torch.nn import functional as F
 
 from dataengine import rotations
 from dataengine.gaussians import LOOSE, Gaussians
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Course:
+    """Where Gaussians are at every frame, as far as something else than the fit knows.
+
+    Attributes:
+        shifts: ``[T, N, 3]`` metres from where they are at frame 0.
+        turns: ``[T, N, 4]`` since frame 0, quaternions.
+    """
+
+    shifts: Tensor
+    turns: Tensor
+
+    @classmethod
+    def of(cls, motion: Motion, gaussians: Gaussians, frames: int) -> Course:
+        """The course of `gaussians` under a motion that gives them no numbers of their own."""
+        there = [motion(gaussians, {}, frame) for frame in range(frames)]
+        back = gaussians.quats * gaussians.quats.new_tensor([1, -1, -1, -1])
+        return cls(
+            shifts=torch.stack([g.means - gaussians.means for g in there]),
+            turns=torch.stack([rotations.multiply(g.quats, back) for g in there]),
+        )
 
 
 class Motion(nn.Module):
@@ -31,6 +55,9 @@ class Motion(nn.Module):
 
     def penalty(self, gaussians: Gaussians, own: Mapping[str, Tensor], frame: int) -> Tensor:
         return gaussians.means.new_zeros(())
+
+    def follow(self, gaussians: Gaussians, own: Mapping[str, Tensor], course: Course) -> None:
+        """Begin, in place, with loose Gaussians on their `course`; this motion and those of a formula do not."""
 
     def settings(self) -> dict[str, Any]:
         """What `restore_motion` needs beside the tensors, as JSON."""

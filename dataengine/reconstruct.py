@@ -13,8 +13,10 @@ from dataengine.captures.problems import not_finite
 from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.frusta import from_frusta
+from dataengine.gaussians import LOOSE, STATIC
 from dataengine.initialize import Start, from_depth, moving_pixels
-from dataengine.motion import check_model, make_motion
+from dataengine.motion import FOLLOWING, check_model, make_motion
+from dataengine.paths import Course, Rigid
 from dataengine.quality import decibels, ssim
 from dataengine.scene import Scene
 from dataengine.storage import AnyPath
@@ -98,13 +100,18 @@ def begin(views: Views, settings: Reconstruction) -> Scene:
     """The scene that a fit starts from."""
     name = choose_motion(views) if settings.motion == "auto" else settings.motion
     poses = None if views.bodies is None else torch.from_numpy(views.bodies.poses).float()
-    labels = views.body_ids
-    if name == "bodies":
+    labels, course = views.body_ids, None
+    follows = name in FOLLOWING and views.depth is not None
+    if name == "bodies" or follows:
         tracks = track_bodies(views)
         labels, poses = tracks.labels, tracks.poses
     start = _start(views, name, labels, poses, settings)
+    if follows:
+        start, course = _loosened(start, tracks.poses)
     motion = make_motion(name, start.gaussians, len(views), poses, learn=settings.learn_poses)
     scene = Scene(start.gaussians, motion, len(views), start.born)
+    if course is not None:
+        motion.follow(scene.canonical, scene.own, course)
     if settings.complete and views.depth is not None:
         scene = scene.with_more(complete(scene.canonical.detach(), views))
         scene.background.copy_(backdrop(views))
@@ -114,17 +121,25 @@ def begin(views: Views, settings: Reconstruction) -> Scene:
 def _start(
     views: Views, name: str, labels: Tensor | None, poses: Tensor | None, settings: Reconstruction
 ) -> Start:
-    frames = "born" if name == "polynomial" else "first"
     if views.depth is None:
         if name == "rigid":
             raise ValueError("views: expected depth to give bodies their pixels, got none; use polynomial")
-        return from_frusta(views, loose=None if name == "static" else frames)
-    if name in ("rigid", "bodies"):
-        return from_depth(views, labels, poses, spacing=settings.spacing, degree=settings.degree)
-    if name == "static":
-        still = torch.zeros(views.images.shape[:-1], dtype=torch.long)
-        return from_depth(views, still, spacing=settings.spacing, degree=settings.degree)
-    return from_depth(views, spacing=settings.spacing, degree=settings.degree, generic=frames)
+        loose = {"static": None, "polynomial": "born"}.get(name, "first")
+        return from_frusta(views, loose=loose)
+    if name in ("static", "polynomial"):
+        labels = torch.zeros(views.images.shape[:-1], dtype=torch.long) if name == "static" else None
+        poses = None
+    return from_depth(views, labels, poses, spacing=settings.spacing, degree=settings.degree)
+
+
+def _loosened(start: Start, poses: Tensor) -> tuple[Start, Course]:
+    """A start whose Gaussians of bodies are loose, and where `poses` ``[T, K, 4, 4]`` take them. What was loose already
+    goes nowhere, and is kept where frame 0 showed it."""
+    known = (start.gaussians.body != LOOSE) | (start.born == 0)
+    gaussians = start.gaussians[known]
+    course = Course.of(Rigid(poses), gaussians, len(poses))
+    loose = torch.where(gaussians.body == STATIC, STATIC, LOOSE)
+    return Start(gaussians=gaussians.replace(body=loose), born=start.born[known]), course
 
 
 @torch.no_grad()

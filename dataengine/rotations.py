@@ -60,3 +60,11 @@ def from_vector(vectors: Tensor) -> Tensor:
     """Unit quaternions ``[.., 4]`` of rotation vectors ``[.., 3]``; smooth at 0."""
     half = 0.5 * (vectors.square().sum(-1, keepdim=True) + 1e-12).sqrt()
     return torch.cat([half.cos(), 0.5 * vectors * torch.sinc(half / torch.pi)], -1)
+
+
+def to_vector(quats: Tensor) -> Tensor:
+    """Rotation vectors ``[.., 3]`` of at most half a turn, of quaternions ``[.., 4]`` of any length but 0."""
+    w, axis = quats[..., :1], quats[..., 1:]
+    length = axis.norm(dim=-1, keepdim=True)
+    half = torch.atan2(length, w.abs())
+    return torch.where(w < 0, -axis, axis) * torch.where(length > 0, 2 * half / length, 0.0)

@@ -15,6 +15,7 @@ from dataengine.gaussians import LOOSE, Gaussians
 from dataengine.initialize import from_depth, moving_pixels
 from dataengine.losses import Weights
 from dataengine.motion import MODELS, Polynomial, Rigid, Together, make_motion
+from dataengine.paths import Course
 from dataengine.reconstruct import Reconstruction, begin, choose_motion, measure, reconstruct
 from dataengine.scene import Scene
 from dataengine.storage import load_tensors, save_tensors
@@ -40,6 +41,11 @@ def test_rotations_go_there_and_back():
     first, second = quats[:100], quats[100:]
     product = rotations.to_matrix(rotations.multiply(first, second))
     torch.testing.assert_close(product, rotations.to_matrix(first) @ rotations.to_matrix(second))
+    turns = rotations.to_vector(torch.cat([quats, torch.tensor([[1.0, 0, 0, 0], [-2.0, 0, 0, 0]])]))
+    assert float(turns.norm(dim=-1).max()) <= torch.pi
+    torch.testing.assert_close(rotations.from_vector(turns[:200]), quats, atol=1e-5, rtol=1e-5)
+    assert not turns[200:].any()
+    torch.testing.assert_close(rotations.to_vector(-3 * quats), turns[:200])
     vectors = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, torch.pi / 2]])
     turned = rotations.to_matrix(rotations.from_vector(vectors)) @ torch.tensor([1.0, 0.0, 0.0])
     torch.testing.assert_close(turned, torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), atol=1e-6, rtol=0)
@@ -108,6 +114,42 @@ def test_models_together_move_what_is_theirs():
     moved = scene.at(2)
     assert torch.equal(moved.means[:10], gaussians.means[:10])
     torch.testing.assert_close(moved.means[10:16], rigid(gaussians, {}, 2).means[10:16])
+
+
+@pytest.mark.parametrize(("name", "within"), [("tracked", 1e-5), ("hexplane", 0.05)])
+def test_loose_gaussians_begin_on_the_course_they_are_given(name, within):
+    """A body's Gaussians, made loose, go as the body does: exactly, or to within 5 % of its way."""
+    body, true = cloud(60, body=1), Rigid(poses())
+    gaussians = Gaussians.cat([cloud(10), body.replace(body=torch.full((60,), LOOSE))])
+    course = Course.of(true, Gaussians.cat([cloud(10), body]), FRAMES)
+    motion = make_motion(name, gaussians, FRAMES)
+    scene = Scene(gaussians, motion, FRAMES)
+    motion.follow(scene.canonical, scene.own, course)
+    way = float((true(body, {}, FRAMES - 1).means - body.means).norm(dim=-1).mean())
+    for t in range(FRAMES):
+        ours, theirs = scene.at(t).detach(), true(body, {}, t)
+        assert torch.equal(ours.means[:10], gaussians.means[:10])
+        assert float((ours.means[10:] - theirs.means).norm(dim=-1).mean()) <= within * way
+        turned = rotations.to_matrix(ours.quats[10:]) - rotations.to_matrix(theirs.quats)
+        assert float(turned.abs().mean()) <= within
+
+
+@pytest.mark.parametrize("name", ["tracked", "hexplane"])
+def test_what_moves_begins_on_the_course_that_tracking_finds(seen, name):
+    """The block goes by 0.3 metres while it turns about itself."""
+    scene, true = (
+        begin(dataclasses.replace(seen, bodies=None, body_ids=None), Reconstruction(motion=name)),
+        poses(),
+    )
+    loose = scene.canonical.body == LOOSE
+    gone = (scene.at(FRAMES - 1).means - scene.at(0).means)[loose].detach().mean(0)
+    torch.testing.assert_close(gone, (true[-1] - true[0])[0, :3, 3], atol=0.03, rtol=0)
+
+
+def test_where_nothing_moves_there_is_no_course(seen):
+    still = seen.at(slice(0, 1))
+    for name in ("tracked", "hexplane"):
+        assert not (begin(still, Reconstruction(motion=name)).canonical.body == LOOSE).any()
 
 
 def test_a_polynomial_lives_around_its_own_frame():
