@@ -25,6 +25,8 @@ DEPTH_CODES = 4095  # 12 bits, the range LeRobot's depth schema fixes
 FFV1_OPTIONS = {"level": "3", "slices": "1"}  # more slices fail on narrow images
 # PyAV converts colours with a thread per core where it has the choice; small images pay for starting them
 ONE_THREAD: dict[str, Any] = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
+# On smaller images, what x264 foresees of later frames differs from run to run: one file in a hundred had other bytes.
+STEADY_SIDE = 64
 COLOUR_CODECS = ("libx264", "libx264rgb", "libx265", "libsvtav1")
 
 
@@ -66,8 +68,8 @@ class VideoCodec:
         if self.gop < 1:
             raise ValueError(f"gop: expected at least 1 frame between key frames, got {self.gop}")
 
-    def options(self) -> dict[str, str]:
-        """FFmpeg options; no B-frames, so frames leave the encoder in order and every seek is exact."""
+    def options(self, height: int, width: int) -> dict[str, str]:
+        """FFmpeg options for such images; no B-frames, so frames leave the encoder in order and every seek is exact."""
         if self.codec == "libsvtav1":
             return {"crf": str(self.crf), "svtav1-params": "pred-struct=1"}
         quiet = (
@@ -75,7 +77,8 @@ class VideoCodec:
             if self.codec == "libx265"
             else {}
         )
-        return {"crf": str(self.crf), "preset": self.preset, "bf": "0", **quiet}
+        steady = {"mbtree": "0"} if "264" in self.codec and min(height, width) < STEADY_SIDE else {}
+        return {"crf": str(self.crf), "preset": self.preset, "bf": "0", **quiet, **steady}
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ``ValueError`` where chroma subsampling cannot hold an odd size."""
@@ -210,7 +213,7 @@ class VideoEncoder:
         self._stream: Any = self._container.add_stream(codec.codec if colour else "ffv1", rate=rate)
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = codec.pix_fmt if colour else "gray12le"
-        self._stream.options = codec.options() if colour else FFV1_OPTIONS
+        self._stream.options = codec.options(height, width) if colour else FFV1_OPTIONS
         self._stream.gop_size = codec.gop if colour else 1
         self._stream.codec_context.thread_count = 1
         self._stream.codec_context.time_base = 1 / rate

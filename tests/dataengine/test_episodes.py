@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataengine.episodes import EpisodeDataset, EpisodeWriter, VideoCodec
-from dataengine.lerobot.video import DepthCodec
+from dataengine.lerobot.video import DepthCodec, VideoEncoder
+from tests.dataengine.conftest import rendered_image
 
 INFO_KEYS = {
     "codebase_version",
@@ -369,3 +370,15 @@ def test_empty_dataset_is_readable_and_can_be_continued(open_writer, make_frame)
         writer.add_frame(**make_frame(0), cameras=None)
         writer.save_episode()
     assert len(EpisodeDataset(writer.root)) == 1
+
+
+@pytest.mark.parametrize(("side", "setting"), [(24, b"mbtree=0"), (48, b"mbtree=0"), (64, b"mbtree=1")])
+@pytest.mark.parametrize("codec", ["libx264", "libx264rgb"])
+def test_small_images_do_without_what_differs_from_run_to_run(tmp_path, codec, side, setting):
+    """x264 notes its settings in the file."""
+    chosen = VideoCodec(codec=codec, pix_fmt="yuv444p" if codec == "libx264" else "rgb24")
+    encoder = VideoEncoder(tmp_path / "film.mp4", fps=10, height=side, width=side, codec=chosen)
+    for t in range(3):
+        encoder.add(rendered_image(t, side, side))
+    encoder.close()
+    assert setting in (tmp_path / "film.mp4").read_bytes()
