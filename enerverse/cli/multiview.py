@@ -164,7 +164,8 @@ class Multiview:
         more: list[str], episodes: int,
     ) -> None:  # fmt: skip
         seen, new = views
-        repaired = "as they are" if generator is None else f"repaired by {generator.name}"
+        tried = ", which is tried first on hidden pixels of one scene"
+        repaired = "as they are" if generator is None else f"repaired by {generator.name}{tried}"
         announce(
             f"multiview: {count(episodes, 'episode')} of {dataset.root}, {count(len(new), 'new view')} beside "
             f"{', '.join(seen)}",
