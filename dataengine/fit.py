@@ -35,7 +35,7 @@ class Rates:
     opacities: float = 5e-2
     harmonics: float = 1e-2
     own: float = 2e-3
-    network: float = 1e-2
+    network: float = 1e-3
     poses: float = 5e-4
     last: float = 0.1
 

@@ -95,27 +95,30 @@ class HexPlane(Motion):
         loose = (gaussians.body == LOOSE).nonzero().squeeze(-1)
         if not len(loose):
             return
-        means, optimizer = gaussians.means.detach(), torch.optim.Adam(self.parameters(), lr=self.LESSON_RATE)
-        far = course.shifts[:, loose].square().mean().sqrt().clamp_min(1e-6)
+        means, shifts = gaussians.means.detach()[loose], course.shifts[:, loose]
+        turns = rotations.unwrap(rotations.to_vector(course.turns[:, loose]))
+        far = shifts.square().mean().sqrt().clamp_min(1e-6)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.LESSON_RATE)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.LESSONS)
         generator = torch.Generator().manual_seed(self._settings["seed"])
         for _ in range(self.LESSONS):
-            frame = int(torch.randint(self.frames, (), generator=generator))
-            some = loose[torch.randint(len(loose), (self.PUPILS,), generator=generator)]
-            shift, turn, grow = self._change(means[some], frame)
-            wrong = (shift - course.shifts[frame, some]) / far
-            turned = turn - rotations.to_vector(course.turns[frame, some])
-            loss = sum(x.square().mean() for x in (wrong, turned, grow)) + self.penalty(gaussians, own, frame)
+            frame, one = (torch.randint(n, (self.PUPILS,), generator=generator) for n in shifts.shape[:2])
+            shift, turn, grow = self._change(means[one], frame[:, None])
+            wrong = (shift - shifts[frame, one]) / far, turn - turns[frame, one], grow
+            loss = torch.stack([x.square().mean() for x in wrong]).sum() + self.penalty(gaussians, own, 0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            falling.step()
 
-    def _change(self, means: Tensor, frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Shift in metres, rotation vector and change of the logarithmic scales, ``[n, 3]`` each, at places ``[n, 3]``."""
+    def _change(self, means: Tensor, frame: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift in metres, rotation vector and change of the logarithmic scales, ``[n, 3]`` each, at places ``[n, 3]`` and
+        a frame, or one of each ``[n, 1]``."""
         return self.net(self._features(means, frame)).split(3, -1)
 
-    def _features(self, means: Tensor, frame: int) -> Tensor:
+    def _features(self, means: Tensor, frame: int | Tensor) -> Tensor:
         place = 2 * (means.detach() - self.low) / (self.high - self.low) - 1
-        time = place.new_full((len(place), 1), 2 * frame / max(1, self.frames - 1) - 1)
+        time = place.new_zeros(len(place), 1) + 2 * frame / max(1, self.frames - 1) - 1
         at = torch.cat([place, time], -1)
         found = []
         for scale in range(2):

@@ -68,3 +68,15 @@ def to_vector(quats: Tensor) -> Tensor:
     length = axis.norm(dim=-1, keepdim=True)
     half = torch.atan2(length, w.abs())
     return torch.where(w < 0, -axis, axis) * torch.where(length > 0, 2 * half / length, 0.0)
+
+
+def unwrap(vectors: Tensor) -> Tensor:
+    """The same rotations as the vectors ``[T, .., 3]``, each by as many whole turns more as bring it nearest to the one
+    before."""
+    found = [vectors[0]]
+    for vector in vectors[1:]:
+        angle = vector.norm(dim=-1, keepdim=True)
+        axis = vector / angle.clamp_min(1e-12)
+        turns = (((found[-1] * axis).sum(-1, keepdim=True) - angle) / (2 * torch.pi)).round()
+        found.append(vector + 2 * torch.pi * turns * axis)
+    return torch.stack(found)
