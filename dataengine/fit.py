@@ -66,9 +66,11 @@ class Fit:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.save_every < 1:
+        whole = isinstance(self.steps, int) and isinstance(self.save_every, int)
+        if not whole or self.steps < 0 or self.save_every < 1:
             raise ValueError(
-                f"steps, save_every: expected at least 0 and 1, got {self.steps} and {self.save_every}"
+                "steps, save_every: expected whole numbers of at least 0 and 1, got "
+                f"{self.steps!r} and {self.save_every!r}"
             )
 
 

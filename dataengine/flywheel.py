@@ -107,8 +107,12 @@ def flywheel(
         gate: stop and undo a round that made the real or the held-out views worse.
 
     Returns the scene of the last round that was kept, and a log: round 0 is the first fit.
+
+    Raises ValueError as `reconstruct` does, for cameras whose pictures are of another size than the views, and for a scene
+    of another number of frames.
     """
     settings = settings or Flywheel()
+    _check_fit_together(views, cameras, settings, scene)
     began = time.perf_counter()
     scene = first_fit(views, settings) if scene is None else scene
     log = [record(scene, views, held_out, 0, began)]
@@ -131,6 +135,21 @@ def flywheel(
             log[-1]["kept"] = False
             return Turned(scene=before[0], views=before[1], log=log)
     return Turned(scene=scene, views=joined, log=log)
+
+
+def _check_fit_together(views: Views, cameras: Cameras, settings: Flywheel, scene: Scene | None) -> None:
+    if not isinstance(settings, Flywheel):
+        raise ValueError(f"settings: expected a Flywheel, got {settings!r}; pass Flywheel(rounds=...)")
+    ours, theirs = ((c.width, c.height) for c in (views.cameras, cameras))
+    if ours != theirs:
+        raise ValueError(
+            f"cameras: expected pictures of {ours[0]} x {ours[1]} pixels like the views, got {theirs[0]} x {theirs[1]}; "
+            f"pass cameras.scaled_to({ours[0]}, {ours[1]})"
+        )
+    if scene is not None and scene.frames != len(views):
+        raise ValueError(
+            f"scene: expected {len(views)} frames like the views, got {scene.frames}; fit another one"
+        )
 
 
 def first_fit(views: Views, settings: Flywheel) -> Scene:

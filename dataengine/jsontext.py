@@ -18,6 +18,16 @@ def through_json(value: Any) -> Any:
     return json.loads(json_text(value))
 
 
+def difference(there: Any, here: Any) -> tuple[Any, Any]:
+    """What stands in either at the first place where two JSON values differ, under its name."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key, value in here.items():
+            if there.get(key) != value:
+                found, wanted = difference(there.get(key), value)
+                return f"{key} {found}", f"{key} {wanted}"
+    return there, here
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -14,7 +14,7 @@ from dataengine import rotations
 from dataengine.digests import digest_episode, digest_generator
 from dataengine.episodes import Bodies, Episode, EpisodeDataset, EpisodeWriter
 from dataengine.fit import bound
-from dataengine.jsontext import through_json
+from dataengine.jsontext import difference, through_json
 from dataengine.lerobot import metadata
 from dataengine.lerobot.layout import PROVENANCE_LEGEND
 from dataengine.sources import Reading
@@ -144,7 +144,7 @@ class MadeDataset:
     def _take_up(self, there: dict[str, Any]) -> None:
         for key, value in self.bound.items():
             if there.get(key) != value:
-                found, wanted = _difference(there.get(key), value)
+                found, wanted = difference(there.get(key), value)
                 raise ValueError(
                     f"{key}: expected {found} as in {self.root}, got {wanted}; choose another folder or the same settings"
                 )
@@ -195,16 +195,6 @@ def _mixed(old: Any, new: Any, share: float, *, add: bool) -> Any:
     if old is None or new is None:
         return None
     return old + new if add else old + share * (new - old)
-
-
-def _difference(there: Any, here: Any) -> tuple[Any, Any]:
-    """The first place where two JSON values differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key, value in here.items():
-            if there.get(key) != value:
-                found, wanted = _difference(there.get(key), value)
-                return f"{key} {found}", f"{key} {wanted}"
-    return there, here
 
 
 def describe(source: EpisodeDataset, settings: Multiview, generator: Generator | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dataengine.captures.problems import not_finite
+from dataengine.captures.problems import find_problems
 from dataengine.completion import backdrop, complete
 from dataengine.fit import Callback, Fit, fit
 from dataengine.frusta import from_frusta
@@ -49,6 +49,8 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         check_model(self.motion, "auto")
+        if not isinstance(self.fit, Fit):
+            raise ValueError(f"fit: expected a Fit, got {type(self.fit).__name__}; pass Fit(steps=...)")
         if not 0 < self.spacing < math.inf:
             raise ValueError(
                 f"spacing: expected pixels above 0, got {self.spacing}; 1.5 starts a Gaussian every 1.5 pixels"
@@ -80,16 +82,14 @@ def reconstruct(
 ) -> Scene:
     """A scene fitted to `views`; in `folder` it goes on where it was stopped.
 
-    Raises ValueError for fewer than two views, pictures or depth that hold NaN or infinity, views that do not overlap, or
-    a motion that they do not allow.
+    Raises ValueError for what :func:`dataengine.captures.find_problems` finds, such as fewer than two views, views that do
+    not overlap, depth in millimetres or poses in other axes (of which colour alone proves nothing: it is taken as it is),
+    or a motion that the views do not allow.
     """
     settings = settings or Reconstruction()
-    if len(views.names) < 2:
-        raise ValueError(
-            f"views: expected at least 2, got {len(views.names)}; one view says nothing about depth"
-        )
-    for problem in not_finite(views):
-        raise ValueError(problem.sentence)
+    for problem in find_problems(views):
+        if problem.kind != "axes" or views.depth is not None:
+            raise ValueError(problem.sentence)
     scene = begin(views, settings)
     plan = settings.fit if views.depth is not None else replace(settings.fit, densify=True)
     fit(scene, views, plan, folder=folder, callbacks=callbacks)
@@ -126,6 +126,10 @@ def _start(
             raise ValueError("views: expected depth to give bodies their pixels, got none; use polynomial")
         loose = {"static": None, "polynomial": "born"}.get(name, "first")
         return from_frusta(views, loose=loose)
+    if name == "rigid" and labels is None:
+        raise ValueError(
+            "views: expected body_ids to give bodies their pixels, got none; use bodies, which finds both"
+        )
     if name in ("static", "polynomial"):
         labels = torch.zeros(views.images.shape[:-1], dtype=torch.long) if name == "static" else None
         poses = None

@@ -23,7 +23,7 @@ from dataengine.errors import closest
 from dataengine.export import GaussianFilm, export, write_ply
 from dataengine.export.viewers import import_rerun
 from dataengine.fit import bound
-from dataengine.jsontext import through_json
+from dataengine.jsontext import difference, through_json
 from dataengine.made import add_window
 from dataengine.multiview import choose_episodes, finish
 from dataengine.placement import place_cameras
@@ -250,8 +250,9 @@ def _check_record(folder: Path, wanted: dict[str, Any]) -> None:
             raise ValueError(
                 f"{path}: expected a scene of these pictures, depth and poses, got one of others; choose another folder"
             )
+        found, asked = difference(there.get(key), value)
         raise ValueError(
-            f"{path}: expected a scene of {key} {value}, got one of {there.get(key)}; choose another folder"
+            f"{key}: expected {found} as in {folder}, got {asked}; choose another folder or the same settings"
         )
 
 

@@ -69,6 +69,7 @@ class Views:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != wanted[:-1]:
                 raise ValueError(f"{name}: expected {list(wanted[:-1])}, got {list(value.shape)}")
+        self._check_bodies()
         if self.cameras.frames not in (None, t):
             raise ValueError(
                 f"cameras: expected fixed ones or {t} frames, got {self.cameras.frames} frames; cut the longer one"
@@ -77,6 +78,20 @@ class Views:
             object.__setattr__(self, "provenance", torch.zeros(t, v, dtype=torch.long))
         elif tuple(self.provenance.shape) != (t, v):
             raise ValueError(f"provenance: expected [{t}, {v}], got {list(self.provenance.shape)}")
+
+    def _check_bodies(self) -> None:
+        if self.bodies is not None and len(self.bodies.poses) != len(self):
+            raise ValueError(
+                f"bodies: expected poses of {len(self)} frames, got {len(self.bodies.poses)}; cut the longer one"
+            )
+        if self.body_ids is None:
+            return
+        low, high = int(self.body_ids.amin()), int(self.body_ids.amax())
+        most = high if self.bodies is None else len(self.bodies.names)
+        if low < 0 or high > most:
+            raise ValueError(
+                f"body_ids: expected 0 for what never moves and 1 to {most} for bodies, got {low} to {high}"
+            )
 
     @classmethod
     def from_episode(cls, episode: Episode, names: Sequence[str] | None = None) -> Views:

@@ -22,6 +22,9 @@ FAR = 1e15  # what no number of a capture reaches
 SAMPLES, PAIRS = 250, 20
 CLOSE = 0.05  # two depths of one point agree within 5 %
 SCALES = np.geomspace(1e-4, 1e4, 161)
+SOUND = 0.3  # agreement of depth between views that no other reading of the poses comes near
+CLEAR = 0.25  # and that no views reach by chance
+DWARFED = 3.0  # times the distance between cameras beyond which depth lets views agree by chance
 WORDS = {
     "opencv": "OpenCV axes (y down, z forward)",
     "opengl": "OpenGL axes (y up, z back)",
@@ -167,12 +170,21 @@ def depth_factor(
     poses: NDArray[Any], intrinsics: NDArray[Any], depth: NDArray[Any]
 ) -> tuple[float, float, float]:
     """The factor by which depth must be multiplied to fit the poses; shares of agreement at that factor and at 1."""
-    score = depth_agreement(poses, intrinsics, depth)
+    score = _credible(depth_agreement(poses, intrinsics, depth), poses, depth)
     best = SCALES[score.argmax()]
     fine = best * np.geomspace(0.88, 1.136, 41)
     finer = depth_agreement(poses, intrinsics, depth, np.append(fine, 1.0))
     top = finer[:-1] >= finer[:-1].max() - 0.02  # the middle of the plateau
     return float(np.exp(np.log(fine[top]).mean())), float(finer[:-1].max()), float(finer[-1])
+
+
+def _credible(agreement: Array, poses: NDArray[Any], depth: NDArray[Any]) -> Array:
+    """Agreement at each of :data:`SCALES`, 0 where it may be chance: cameras seem to stand in one place when depth is
+    scaled far beyond the distance between them, and such views agree somewhere."""
+    centres, known = poses[:, :3, 3], depth[depth > 0]
+    apart = np.linalg.norm(centres[:, None] - centres[None], axis=-1).max()
+    dwarfed = SCALES * (np.median(known) if len(known) else 0.0) > DWARFED * apart
+    return np.where(dwarfed & (agreement < SOUND), 0.0, agreement)
 
 
 def score_axes(
@@ -196,7 +208,8 @@ def score_axes(
     """
     candidates = candidates or {axes: to_opencv(poses, axes) for axes in AXES}
     if depth is not None and len(poses) > 1:
-        return {name: float(depth_agreement(p, intrinsics, depth).max()) for name, p in candidates.items()}
+        agreement = {name: depth_agreement(p, intrinsics, depth) for name, p in candidates.items()}
+        return {name: float(_credible(agreement[name], p, depth).max()) for name, p in candidates.items()}
     return {name: focus_score(p, intrinsics, size) for name, p in candidates.items()}
 
 
@@ -205,13 +218,14 @@ def better_axes(
 ) -> str | None:
     """The way of writing that fits clearly better than the `given` one, or None.
 
-    From poses alone: most cameras see the common focus, where at most half did. With depth: twice the agreement, of an
-    eighth of the points at least: under a wrong reading, views that share nothing agree about up to a tenth by chance.
+    From poses alone: most cameras see the common focus, where at most half did. With depth: twice the agreement, of a
+    quarter of the points at least: views that share nothing agree about up to a seventh by chance, views that do under
+    the right reading about two fifths and more.
     """
     there = scores[given] or 0.0
     name = max(scores, key=lambda n: scores[n] or 0.0)
     best = scores[name] or 0.0
-    clear = best > max(0.125, 2 * there + 0.05) if depth else there <= 0.5 and best >= 0.7
+    clear = best > max(CLEAR, 2 * there + 0.05) if depth else there <= 0.5 and best >= 0.7
     return name if name != given and clear else None
 
 

@@ -18,7 +18,6 @@ POSES = 8  # frames whose poses are looked at
 MISMATCH = (
     1.1  # factor between depth and poses beyond which they disagree: two wide views settle it within 3 %
 )
-SOUND = 0.3  # agreement of depth between views that no other reading of the poses comes near
 MILLI = (0.9e-3, 1.1e-3)
 
 
@@ -139,7 +138,7 @@ def _axes_scores(views: Views) -> dict[str, float | None]:
         for now, depth in moments
         if depth is not None
     ]
-    if np.mean(plain) >= SOUND:
+    if np.mean(plain) >= geometry.SOUND:
         return {"opencv": 1.0}
     rows = [
         geometry.score_axes(now.camera_to_world, now.intrinsics, _size(views), depth)
@@ -182,7 +181,9 @@ def wrong_depth(views: Views) -> Iterator[Problem]:
     factor, fitting, given = _fit_depth(views)
     counts = median > 100 and float((known - known.round()).abs().lt(1e-3).float().mean()) > 0.99
     far = median > 50 * max(geometry.depth_reach(_poses(views)[0]), 1e-9) and len(views.names) > 1
-    clear = fitting >= 0.1 and fitting > 1.5 * given + 0.05 and abs(np.log(factor)) > np.log(MISMATCH)
+    clear = (
+        fitting >= geometry.CLEAR and fitting > 1.5 * given + 0.05 and abs(np.log(factor)) > np.log(MISMATCH)
+    )
     if clear and not MILLI[0] < factor < MILLI[1]:
         yield Problem(
             kind="depth",
@@ -214,7 +215,9 @@ def _fit_depth(views: Views) -> tuple[float, float, float]:
 
 
 def _blind_views(views: Views) -> Iterator[Problem]:
-    """Views that share nothing with any other at any of a few moments."""
+    """Views outside the largest group of which each shares something with another, at any of a few moments."""
+    from scipy.sparse.csgraph import connected_components
+
     count = len(views.names)
     shared = np.eye(count, dtype=bool)
     for t in _moments(views, MOMENTS):
@@ -228,12 +231,14 @@ def _blind_views(views: Views) -> Iterator[Problem]:
             for j in range(count):
                 seen = geometry.sees(now.camera_to_world[j], now.intrinsics[j], _size(views), points)
                 shared[i, j] |= bool(seen.mean() > 0.005)
-    alone = ~np.any((shared | shared.T) & ~np.eye(count, dtype=bool), axis=1)
-    if count > 1 and alone.any():
+    _, group = connected_components(shared | shared.T)
+    sizes = np.bincount(group)
+    alone = (group != sizes.argmax()) | ((sizes.max() == 1) & (count > 1))
+    if alone.any():
         names = [name for name, blind in zip(views.names, alone.tolist(), strict=True) if blind]
         yield Problem(
             kind="blind",
-            sentence=f"views: expected every view to overlap another one, got {names} that see nothing of the others; "
+            sentence=f"views: expected views that overlap in one chain, got {names} that see nothing of the others; "
             "check their poses or name the other views alone (--observed)",
             remedy=names,
         )

@@ -198,7 +198,8 @@ def test_a_view_that_sees_nothing_of_the_others(make_scene, aim, depth):
     poses[2] = aim((8.0, 8.0, 1.0), (20.0, 20.0, 0.9))
     bad = with_poses(views if depth else replace(views, depth=None), poses)
     with pytest.raises(
-        ValueError, match=r"views: expected every view to overlap another one, got \['top'\] that see nothing"
+        ValueError,
+        match=r"views: expected views that overlap in one chain, got \['top'\] that see nothing",
     ):
         check_views(bad)
 
@@ -322,3 +323,32 @@ def test_recorded_cameras_are_sound(make_scene):
         "blind"
     ]  # one camera of another mind is not a convention: it sees nothing of the others
     assert isinstance(views.cameras, Cameras)
+
+
+@pytest.mark.parametrize("metres", [3.0, 30.0, 100.0, 1000.0])
+@pytest.mark.parametrize("across", [(1, 0, 0), (1, 1, 1)])
+def test_cameras_far_apart_share_nothing_under_any_reading(make_scene, metres, across):
+    """Scaled far enough, the depth of any cameras that look alike agrees somewhere: that is no proof, and no repair."""
+    views = make_scene(2)
+    poses = views.cameras.camera_to_world.copy()
+    poses[:, :3, 3] += metres * np.arange(len(poses))[:, None] * np.array(across)
+    with pytest.raises(ValueError, match="views: expected views that overlap in one chain"):
+        repair(with_poses(views, poses))
+
+
+def test_two_groups_that_share_nothing_are_not_one_capture(make_scene):
+    views = make_scene(1)
+    poses = views.cameras.camera_to_world.copy()
+    far = poses + np.array([[0, 0, 0, 100.0], *np.zeros((3, 4))])
+    both = replace(
+        views,
+        cameras=Cameras(
+            [*views.names, *(f"far_{name}" for name in views.names)],
+            np.tile(views.cameras.intrinsics, (2, 1, 1)), np.concatenate([poses, far]),
+            views.cameras.width, views.cameras.height,
+        ),
+        images=torch.cat([views.images] * 2, 1), depth=torch.cat([views.depth] * 2, 1), body_ids=None, provenance=None,
+    )  # fmt: skip
+    found = find_problems(both)
+    assert [problem.kind for problem in found] == ["blind"]
+    assert found[0].remedy == [f"far_{name}" for name in views.names]

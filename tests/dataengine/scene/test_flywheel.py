@@ -21,7 +21,7 @@ from dataengine.flywheel import (
 from dataengine.generators import ConstantFill, Identity, Oracle, Restorer, fill_depth, train_restorer
 from dataengine.quality import ALIKE
 from dataengine.reconstruct import Reconstruction
-from tests.dataengine.scene.conftest import world
+from tests.dataengine.scene.conftest import FRAMES, ring, world
 
 SETTINGS = Flywheel(
     rounds=1,
@@ -147,3 +147,20 @@ def test_identity_gives_back_what_was_rendered(few, anchors):
 def test_bad_settings_are_refused(change):
     with pytest.raises(ValueError, match="rounds, weight, tolerance: expected"):
         Flywheel(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"cameras": ring(2, side=32)},
+            r"cameras: expected pictures of 24 x 24 .*pass cameras.scaled_to\(24, 24\)",
+        ),
+        ({"settings": 3}, r"settings: expected a Flywheel, got 3; pass Flywheel\(rounds=...\)"),
+        ({"scene": world(2)}, f"scene: expected {FRAMES} frames like the views, got 2"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_a_fit(few, anchors, change, sentence):
+    given = {"views": few, "generator": None, "cameras": anchors.cameras, "settings": SETTINGS} | change
+    with pytest.raises(ValueError, match=sentence):
+        flywheel(**given)

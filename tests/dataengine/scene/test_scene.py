@@ -32,6 +32,13 @@ def cloud(n=40, body=0, seed=0):
     return Gaussians.from_points(points, colors, 0.05, body=torch.full((n,), body))
 
 
+def apart(views, metres):
+    """The same, each camera so far from the one before."""
+    poses = views.cameras.camera_to_world.copy()
+    poses[:, 0, 3] += metres * np.arange(len(poses))
+    return dataclasses.replace(views, cameras=dataclasses.replace(views.cameras, camera_to_world=poses))
+
+
 def test_rotations_go_there_and_back():
     quats = torch.nn.functional.normalize(
         torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), dim=-1
@@ -450,11 +457,20 @@ def test_a_view_that_counts_nothing_pulls_nothing(seen):
 @pytest.mark.parametrize(
     ("views", "sentence"),
     [
-        (lambda seen: seen.select(["ring_0"]), "views: expected at least 2, got 1"),
+        (lambda seen: seen.select(["ring_0"]), "views: expected at least 2 cameras, got 1"),
         (
             lambda seen: dataclasses.replace(seen, depth=torch.zeros_like(seen.depth)),
-            "expected depth to start from",
+            "depth: expected metres above 0 somewhere, got none",
         ),
+        (
+            lambda seen: dataclasses.replace(seen, depth=1000 * seen.depth),
+            "depth: expected metres, .*looks like millimetres",
+        ),
+        (
+            lambda seen: dataclasses.replace(seen, confidence=torch.zeros_like(seen.depth)),
+            "confidence: expected masks that keep some pixels",
+        ),
+        (lambda seen: apart(seen, 100.0), "views: expected views that overlap in one chain"),
     ],
 )
 def test_views_that_show_too_little_are_refused(seen, views, sentence):
@@ -469,3 +485,44 @@ def test_cameras_that_look_apart_are_refused(seen):
     away = dataclasses.replace(seen, cameras=dataclasses.replace(cameras, camera_to_world=turned), depth=None)
     with pytest.raises(ValueError, match="expected cameras that look at one place, got none that overlap"):
         from_frusta(away)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"body_ids": -torch.ones(FRAMES, 4, 24, 24, dtype=torch.long)},
+            "body_ids: expected 0 .* 1 to 1 for bodies, got -1",
+        ),
+        (
+            {"body_ids": torch.full((FRAMES, 4, 24, 24), 2)},
+            "body_ids: expected 0 .* and 1 to 1 for bodies, got 2 to 2",
+        ),
+        (
+            {"bodies": Bodies(["block"], poses(2).numpy())},
+            f"bodies: expected poses of {FRAMES} frames, got 2",
+        ),
+    ],
+)
+def test_bodies_that_do_not_fit_the_views_are_refused(seen, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(seen, **change)
+
+
+def test_rigid_bodies_need_their_pixels(seen):
+    with pytest.raises(
+        ValueError, match="expected body_ids to give bodies their pixels, got none; use bodies"
+    ):
+        reconstruct(dataclasses.replace(seen, body_ids=None), Reconstruction(motion="rigid", fit=QUICK))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Fit(steps=2.5), r"steps, save_every: expected whole numbers .* got 2.5 and 200"),
+        (lambda: Reconstruction(fit={"steps": 3}), "fit: expected a Fit, got dict"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()

@@ -82,8 +82,12 @@ def test_another_format_needs_no_second_fit(made, dataset, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "source", "sentence"),
     [
-        (dataclasses.replace(QUICK, spacing=3.0), "push", "expected a scene of settings"),
-        (QUICK, "lift", "expected a scene of source lift, got one of push; choose another folder"),
+        (
+            dataclasses.replace(QUICK, spacing=3.0),
+            "push",
+            "settings: expected spacing 1.5 as in .*, got spacing 3.0; choose another folder",
+        ),
+        (QUICK, "lift", "source: expected push as in .*, got lift; choose another folder"),
     ],
 )
 def test_another_scene_in_the_folder_is_refused(made, dataset, settings, source, sentence):
