@@ -200,10 +200,12 @@ def mean_cover(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def describe_trial(probe: Mapping[str, Any]) -> str:
     """What the generator was worth on pixels of the first scene that were hidden from the fit."""
-    shown = " -> ".join(f"{value:.1f}" for value in probe["hidden_psnr"])
+    hidden = probe["hidden_psnr"]
+    shown = " -> ".join(f"{value:.1f}" for value in hidden)
+    undone = ", as more made observed views worse" if max(hidden) > hidden[probe["rounds"]] else ""
     rounds, psnr = count(probe["rounds"], "round"), probe["repaired_psnr"]
     last = f"its last repair gives {psnr:.1f} dB" if probe["last_word"] else "its last repair is left out"
-    return f"pixels hidden for a trial are shown with {shown} dB round by round, so {rounds} each; {last}"
+    return f"pixels hidden for a trial are shown with {shown} dB round by round, so {rounds} each{undone}; {last}"
 
 
 def describe(report: Report, out: Path, rounds: int = 0) -> list[str]:

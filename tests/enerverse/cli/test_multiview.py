@@ -10,7 +10,7 @@ import pytest
 
 from dataengine.episodes import EpisodeDataset
 from enerverse.cli.main import main, parse
-from enerverse.cli.multiview import describe, spread
+from enerverse.cli.multiview import describe, describe_trial, spread
 from enerverse.loading import load_policy, load_world
 from tests.enerverse.cli.test_refusals import refused
 
@@ -188,6 +188,14 @@ def test_doubtful_results_are_told():
     assert describe(colour, "out")[1:] == [
         "the scene gives the observed views back with 25.0 dB; they have no depth"
     ]
+
+
+def test_a_trial_says_why_rounds_that_showed_more_are_not_turned():
+    told = {"hidden_psnr": [21.4, 22.8], "rounds": 0, "last_word": False, "repaired_psnr": 23.3}
+    assert describe_trial(told) == (
+        "pixels hidden for a trial are shown with 21.4 -> 22.8 dB round by round, so 0 rounds each, as more made observed "
+        "views worse; its last repair is left out"
+    )
 
 
 def test_rerun_without_its_package_is_one_sentence(pair, call, tmp_path, monkeypatch):
