@@ -191,10 +191,9 @@ def recording_section(values: dict[str, Any]) -> Section:
     note = (
         f"{100 * values['bar']:.0f} % of the bare renderer are reached in {values['reached']} of {len(rows)} cases, on "
         f"{values['cores']} cores. Physics, inverse kinematics and the expert are a fixed price of a frame, so the share "
-        "grows with the cameras; compressing a colour picture takes about as long as drawing it, and depth comes from "
+        "grows with the cameras; colour pictures are compressed as well as drawn, and depth comes from "
         "the same pass as colour. Where the last column but one is below the bar, no order of the same work reaches it; "
-        "elsewhere the three threads lose the rest in handing over Python's lock. Tried without gain: shorter turns of "
-        "the lock, and faster presets of the encoder, which save up to two fifths of its time for twice the bytes."
+        "elsewhere threads that wait for each other lose the rest."
     )
     return "\n\n".join([table(head, rows), note]), {}
 

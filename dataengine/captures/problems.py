@@ -134,15 +134,15 @@ def _axes_scores(views: Views) -> dict[str, float | None]:
         return geometry.score_axes(poses, intrinsics, _size(views))
     moments = [(views.cameras.at(t), _depth_at(views, t)) for t in _moments(views, MOMENTS)]
     plain = [
-        geometry.depth_agreement(now.camera_to_world, now.intrinsics, depth, np.ones(1))[0]
-        for now, depth in moments
+        geometry.depth_agreement(cameras.camera_to_world, cameras.intrinsics, depth, np.ones(1))[0]
+        for cameras, depth in moments
         if depth is not None
     ]
     if np.mean(plain) >= geometry.SOUND:
         return {"opencv": 1.0}
     rows = [
-        geometry.score_axes(now.camera_to_world, now.intrinsics, _size(views), depth)
-        for now, depth in moments
+        geometry.score_axes(cameras.camera_to_world, cameras.intrinsics, _size(views), depth)
+        for cameras, depth in moments
     ]
     return {name: float(np.mean([row[name] or 0.0 for row in rows])) for name in rows[0]}
 
